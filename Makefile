@@ -1,0 +1,94 @@
+# LLaVA-TA. `make` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Where to take torch from, when not from PyPI, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+LOCK  := requirements/lock.txt
+STAMP := $(VENV)/.installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# papermill hands the kernel's output on, so that progress bars show. `cat` makes it a pipe: a file would be truncated.
+PAPERMILL := papermill --no-progress-bar --log-level WARNING --stdout-file /dev/stdout --stderr-file /dev/stdout
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: help install demo openi test test-slow test-gpu lab docs prepare export check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@echo
+	@echo "  PYTHON=python3.12      the Python to make .venv with (3.11 or newer)"
+	@echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "                         take torch from there: without CUDA, about 4 GB less"
+
+install: $(STAMP)  ## make .venv with the tested versions
+
+# The stamp is written last. An install that was cut short leaves .installing behind, and is started afresh.
+$(STAMP): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is `$(PYTHON) --version 2>&1`." \
+	       "Name one: make install PYTHON=python3.12"; exit 1; } >&2
+	@if [ -e $(VENV)/.installing ]; then echo "The last install was cut short: starting $(VENV) afresh."; rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && touch $(VENV)/.installing
+	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
+endif
+	$(PIP) install --constraint $(LOCK) --editable '.[dev,lab]'
+	@touch $@ && rm $(VENV)/.installing
+
+demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
+	@mkdir -p runs/demo/notebooks
+	@set -o pipefail; \
+	$(PAPERMILL) nbs/11_reproduce.ipynb runs/demo/notebooks/11_reproduce.ipynb -p profile demo | cat
+
+openi: $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-with-index.csv-and-frontal
+	@if [ -z "$(OPENI_DIR)" ] || [ ! -f "$(OPENI_DIR)/index.csv" ] || [ ! -d "$(OPENI_DIR)/frontal" ]; then \
+	  echo "make openi needs OPENI_DIR, a folder that holds index.csv and frontal/ (see data_manifests/README.md);" \
+	       "OPENI_DIR is '$(OPENI_DIR)'." >&2; exit 2; fi
+	@mkdir -p runs/openi/notebooks
+	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
+	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi | cat
+
+# Two notebooks are tested at a time, with one thread each.
+test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export MKL_NUM_THREADS := 1
+test test-slow test-gpu: export TOKENIZERS_PARALLELISM := false
+
+test: $(STAMP)  ## the notebooks' own tests, and the pipeline at its smallest
+	@status=0; \
+	nbdev_test --n_workers 2 || status=1; \
+	python -m pytest tests -m "not slow and not gpu" || status=1; \
+	exit $$status
+
+test-slow: $(STAMP)  ## a wheel in a clean environment, killing and resuming: up to an hour
+	python -m pytest tests -m "slow and not gpu"
+
+test-gpu: $(STAMP)  ## what needs a GPU
+	python -m pytest tests -m gpu
+
+lab: $(STAMP)  ## JupyterLab on the notebooks
+	jupyter lab --notebook-dir nbs
+
+docs: $(STAMP)  ## the site, in _docs/, and README.md
+	python tools/build_docs.py
+
+export: $(STAMP)  ## write llava_ta/ from nbs/
+	nbdev_export
+
+clean: $(STAMP)  ## strip what does not belong into a commit from nbs/
+	nbdev_clean
+
+check: $(STAMP)  ## lint, and the rules of the repository
+	ruff check llava_ta tests tools
+	python -m pytest tests/test_repository.py
+
+prepare: $(STAMP)  ## before a commit: export, test, clean, docs
+	$(MAKE) export
+	$(MAKE) test
+	$(MAKE) clean
+	$(MAKE) docs

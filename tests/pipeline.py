@@ -1,0 +1,70 @@
+"""Running notebooks through papermill, and reading what they leave behind."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from repository import NBS, ROOT
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A notebook that has been run."""
+
+    status: int  # exit code
+    said: str  # all that came out
+    seconds: float
+
+
+def command(
+    name: str,  # a notebook, without its ending
+    output: Path,  # where the executed notebook goes
+    **parameters: object,  # papermill's
+) -> list[str]:
+    """Write papermill's command line."""
+    pairs = [text for key, value in parameters.items() for text in ("-p", key, str(value))]
+    quiet = ["--no-progress-bar", "--log-level", "WARNING"]
+    return [sys.executable, "-m", "papermill", str(NBS / f"{name}.ipynb"), str(output), *pairs, *quiet]
+
+
+def surroundings(
+    runs: Path,  # the folder of runs
+) -> dict[str, str]:  # environment variables
+    """Let the notebooks write below a folder, with one thread each."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, "LLAVA_TA_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+
+
+def papermill(
+    name: str,  # a notebook, without its ending
+    runs: Path,  # the folder of runs
+    timeout: float = 600,  # seconds
+    **parameters: object,  # papermill's
+) -> Ran:
+    """Run a notebook to its end."""
+    runs.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command(name, runs / f"{name}.out.ipynb", **parameters), "--stdout-file", "/dev/stdout"],
+        cwd=ROOT, env=surroundings(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+    )
+    return Ran(done.returncode, done.stdout, time.monotonic() - start)
+
+
+def kill_tree(
+    process: subprocess.Popen,  # papermill
+) -> None:
+    """SIGKILL a process and all its descendants: the kernel runs in a session of its own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    psutil.wait_procs(family, timeout=30)

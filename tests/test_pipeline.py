@@ -1,0 +1,306 @@
+"""The whole pipeline at its smallest, through papermill, as a user would run it."""
+
+import random
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from llava_ta.core import STEPS, Ref, all_variants, load_profile, read_json, ref
+from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
+from pipeline import Ran, command, kill_tree, papermill, surroundings
+from repository import ROOT, run_python
+
+TINY = load_profile("tiny")
+STUDIES = TINY.data.train + TINY.data.val
+
+
+def artefacts() -> list[Ref]:  # every artefact of the tiny profile
+    """List what a finished run holds."""
+    return [found for step, row in STEPS.items() for found in (all_variants(step, TINY) if row.keys else [ref(step)])]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs, empty at first."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def trained(runs: Path) -> Ran:
+    """One step in an empty folder: it makes what it lacks."""
+    return papermill("06_train", runs, stage=2)
+
+
+@pytest.fixture(scope="session")
+def finished(runs: Path, trained: Ran) -> Ran:
+    """The whole pipeline, from where training left it."""
+    return papermill("11_reproduce", runs, profile="tiny")
+
+
+def record(
+    runs: Path,  # the folder of runs
+    artefact: Ref,  # of the tiny run
+) -> dict:
+    """Read an artefact's record."""
+    return read_json(runs / "tiny" / artefact.folder / "record.json")
+
+
+def table(
+    runs: Path,  # the folder of runs
+    name: str,  # e.g. "decompose/findings"
+) -> pd.DataFrame:
+    """Read a table of the tiny run."""
+    return pd.read_parquet(runs / "tiny" / f"{name}.parquet")
+
+
+# ---- running
+
+
+def test_a_step_makes_what_it_lacks(trained: Ran, runs: Path):
+    assert trained.status == 0, trained.said
+    assert trained.seconds < 120, f"{trained.seconds:.0f} s"
+    for mode in TINY.train.modes:
+        assert (runs / "tiny" / ref("train", mode=mode, stage=2, seed=0).folder / "record.json").exists()
+
+
+def test_whole_pipeline(finished: Ran, runs: Path):
+    assert finished.status == 0, finished.said
+    missing = [a.folder for a in artefacts() if not (runs / "tiny" / a.folder / "record.json").exists()]
+    assert not missing
+    assert str(runs / "tiny" / "report.html") in finished.said or "tiny/report.html" in finished.said
+
+
+def test_records_say_what_was_made_from_what(finished: Ran, runs: Path):
+    for artefact in artefacts():
+        found = record(runs, artefact)
+        assert found["profile"] == "tiny" and found["artefact"] == artefact.folder
+        for folder, fingerprint in found["made_from"]["inputs"].items():
+            assert read_json(runs / "tiny" / folder / "record.json")["fingerprint"] == fingerprint, (artefact, folder)
+
+
+def test_no_litter_is_left(finished: Ran, runs: Path):
+    hidden = [path for path in (runs / "tiny").rglob(".*") if path.name != ".locks" and path.parent.name != ".locks"]
+    pickled = [path for path in (runs / "tiny").rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".bin", ".npy")]
+    assert not hidden + pickled
+
+
+def stamps(
+    runs: Path,  # the folder of runs
+) -> dict[str, int]:  # folder -> time of its record
+    """Note when each artefact was made."""
+    return {a.folder: (runs / "tiny" / a.folder / "record.json").stat().st_mtime_ns for a in artefacts()}
+
+
+def test_nothing_is_made_twice(finished: Ran, runs: Path):
+    before = stamps(runs)
+    again = papermill("11_reproduce", runs, profile="tiny")
+    assert again.status == 0, again.said
+    assert again.seconds < 30, f"{again.seconds:.0f} s"
+    assert stamps(runs) == before
+
+
+def test_a_change_remakes_only_what_depends_on_it(finished: Ran, runs: Path):
+    before = stamps(runs)
+    changed = papermill("11_reproduce", runs, profile="tiny", overrides="bias.sentences=2")
+    assert changed.status == 0, changed.said
+    remade = {folder for folder, stamp in stamps(runs).items() if stamp != before[folder]}
+    assert remade == {"bias", "report"}
+    restored = papermill("11_reproduce", runs, profile="tiny")
+    assert restored.status == 0, restored.said
+
+
+@pytest.mark.parametrize(
+    ("parameters", "allowed"),
+    [
+        ({"stage": 3}, r"stage=3: allowed are 1, 2"),
+        ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, paper, llava-rad"),
+        ({"overrides": "train.stage2.epoch=1"}, r"train\.stage2\.epoch: unknown key"),
+        ({"overrides": "lora.rank=0"}, r"lora\.rank: .*greater than or equal to 1"),
+        ({"run": "../elsewhere"}, r"run='\.\./elsewhere'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_parameters_fail_at_once(tmp_path: Path, parameters: dict, allowed: str):
+    ran = papermill("06_train", tmp_path, **parameters)
+    assert ran.status != 0
+    assert ran.seconds < 15, f"{ran.seconds:.0f} s"
+    assert re.search(allowed, ran.said), ran.said[-2000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["06_train.out.ipynb"], "nothing else is written"
+
+
+@pytest.mark.parametrize("profile", ["paper", "llava-rad", "openi"])
+def test_what_is_absent_is_listed(tmp_path: Path, profile: str):
+    code = f"from llava_ta.core import load_profile, preflight; print(preflight(load_profile({profile!r})))"
+    done = run_python("-c", code, LLAVA_TA_OPENI_DIR="", LLAVA_TA_MIMIC_DIR="")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"absent: data\.dir", done.stdout) and re.search(r"needs: .* GB of disk", done.stdout)
+    ran = papermill("11_reproduce", tmp_path, profile=profile)
+    assert ran.status != 0 and "absent: data.dir" in ran.said, ran.said[-2000:]
+
+
+# ---- what came out
+
+
+def test_studies(finished: Ran, runs: Path):
+    studies = table(runs, "data/studies")
+    assert studies.study.is_unique
+    counts = studies.split.value_counts()
+    assert counts["val"] == TINY.data.val and counts["train"] + counts["valid"] == TINY.data.train
+    assert counts["valid"] >= 1
+    assert not set(studies[studies.split == "val"].patient) & set(studies[studies.split != "val"].patient)
+
+
+def test_findings_and_samples(finished: Ran, runs: Path):
+    studies, findings = table(runs, "data/studies"), table(runs, "decompose/findings")
+    samples = table(runs, "mapping/samples")
+    assert set(findings.study) <= set(studies.study) and len(set(findings.study)) >= 0.9 * STUDIES
+    assert set(findings.topic) <= set(TOPICS) and set(samples.topic) <= set(TOPICS)
+    assert not findings.duplicated(["study", "topic"]).any(), "strictly one sentence a topic"
+    assert set(findings.polarity) <= {"present", "absent", "uncertain"} and len(set(findings.polarity)) > 1
+    named = {part for regions in samples.region_set for part in re.findall(r"[a-z]+", str(regions))}
+    assert named and named <= {*REGIONS, "all"}
+
+
+def test_losses_fall(finished: Ran, runs: Path):
+    for mode in TINY.train.modes:
+        logs = sorted((runs / "tiny" / ref("train", mode=mode, stage=2, seed=0).folder).glob("*.parquet"))
+        losses = next(pd.read_parquet(path)["loss"] for path in logs if "loss" in pd.read_parquet(path).columns)
+        third = max(1, len(losses) // 3)
+        assert losses.tail(third).mean() < losses.head(third).mean(), mode
+
+
+def test_predictions(finished: Ran, runs: Path):
+    val = set(table(runs, "data/studies").query("split == 'val'").study)
+    for variant in all_variants("generate", TINY):
+        found = table(runs, f"{variant.folder}/predictions")
+        chosen = dict(variant.variant)
+        assert set(found.study) == val and set(found.film) == {chosen["film"]}
+        assert set(found.topic) == {""} if chosen["mode"] == "narrative" else set(found.topic) <= set(TOPICS)
+        assert not found.duplicated(["study", "topic", *(["asked"] if "asked" in found else [])]).any()
+
+
+def test_the_film_matters(finished: Ran, runs: Path):
+    """Scores of sentences differ between the real and the black film: the model is given the film."""
+    variants = [ref("generate", mode="anatomy", stage=2, seed=0, film=film) for film in ("real", "black")]
+    real, black = (table(runs, f"{variant.folder}/predictions") for variant in variants)
+    both = real.merge(black, on=["study", "topic"], suffixes=("_real", "_black"))
+    assert len(both) and (both.score_real - both.score_black).abs().max() > 1e-4
+
+
+def test_scores(finished: Ran, runs: Path):
+    scores = table(runs, "evaluate/scores")
+    assert {"system", "evaluation", "metric", "convention", "value", "low", "high", "n"} <= set(scores.columns)
+    assert set(TINY.evaluate.modes) <= set(scores.evaluation)
+    known = scores.dropna(subset=["value"])
+    assert len(known) and (known.value >= 0).all() and (known.value <= 100).all()
+    bounded = known.dropna(subset=["low", "high"])
+    assert len(bounded) and (bounded.low <= bounded.value + 1e-9).all() and (bounded.value <= bounded.high + 1e-9).all()
+    for mode in TINY.train.modes:
+        assert scores.system.str.contains(mode).any(), mode
+    assert scores.metric.str.contains("chexpert", case=False).any() and len(CHEXPERT_14) == 14
+
+
+def test_report_opens_without_a_network(finished: Ran, runs: Path):
+    page = (runs / "tiny" / "report.html").read_text(encoding="utf-8")
+    outside = re.findall(r'<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=["\'](?!data:|#)([^"\']+)', page)
+    assert not outside, outside
+    assert not re.search(r'import\s*\(?["\']https?://', page)
+    assert "not for clinical use" in page.lower()
+    val = table(runs, "data/studies").query("split == 'val'").study
+    assert sum(str(study) in page for study in val) >= 1, "films of the test split are shown"
+
+
+def test_five_lines_of_python(finished: Ran, runs: Path, tmp_path: Path):
+    """The example of the README."""
+    code = f"""
+import numpy as np
+from PIL import Image
+from llava_ta.phantom import Finding, draw
+film = draw([], seed=7, size=128).film
+Image.fromarray((film * 255).astype(np.uint8)).save("film.png")
+from llava_ta.generate import load
+model = load({str(runs / 'tiny' / 'train' / 'anatomy-stage2-seed0')!r})
+for finding in model.report("film.png"):
+    print(finding.topic, finding.region, f"{{finding.score:.2f}}", finding.sentence, sep="|")
+"""
+    done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") >= 3]
+    assert rows and {row[0] for row in rows} <= set(TOPICS)
+    assert all(set(re.split(r"[^a-z]+", row[1])) & {*REGIONS, "all"} for row in rows)
+
+
+# ---- interruption
+
+
+def test_two_processes_share_the_work(tmp_path: Path):
+    """The second waits for the first, and neither makes what the other has made."""
+    both = [
+        subprocess.Popen(
+            command("02_decompose", tmp_path / f"out{number}.ipynb"), cwd=ROOT, env=surroundings(tmp_path),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in (1, 2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (tmp_path / "tiny" / "decompose" / "record.json").exists()
+
+
+def same_tables(
+    one: Path,  # a run
+    other: Path,  # another
+) -> list[str]:  # tables that differ
+    """Compare all tables of two runs."""
+    names = sorted(str(path.relative_to(one)) for path in one.rglob("*.parquet"))
+    assert names == sorted(str(path.relative_to(other)) for path in other.rglob("*.parquet"))
+    timed = ["seconds", "time", "elapsed"]
+
+    def read(path: Path) -> pd.DataFrame:
+        return pd.read_parquet(path).drop(columns=timed, errors="ignore")
+
+    return [name for name in names if not read(one / name).equals(read(other / name))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_killed_and_run_again(tmp_path: Path, seed: int):
+    """SIGKILL at random moments, then to the end: the tables are those of an undisturbed run."""
+    chance = random.Random(seed)
+    undisturbed = papermill("11_reproduce", tmp_path / "undisturbed", profile="tiny")
+    assert undisturbed.status == 0, undisturbed.said
+    killed = 0
+    line, around = command("11_reproduce", tmp_path / "out.ipynb", profile="tiny"), surroundings(tmp_path / "killed")
+    for number in range(5):
+        process = subprocess.Popen(line, cwd=ROOT, env=around, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=chance.uniform(6, max(10.0, undisturbed.seconds / 2)))
+        except subprocess.TimeoutExpired:
+            if number % 2:
+                kill_tree(process)
+            else:  # papermill alone: its kernel lives on for a moment, and the next run has to wait for it
+                process.kill()
+                process.wait()
+            killed += 1
+    assert killed >= 1
+    resumed = papermill("11_reproduce", tmp_path / "killed", profile="tiny")
+    assert resumed.status == 0, resumed.said
+    assert not same_tables(tmp_path / "undisturbed" / "tiny", tmp_path / "killed" / "tiny")
+
+
+# ---- a GPU
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu(tmp_path: Path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: what runs on a GPU has NOT been tested")
+    ran = papermill("06_train", tmp_path, stage=2)
+    assert ran.status == 0, ran.said
+    trained = read_json(tmp_path / "tiny" / ref("train", mode="anatomy", stage=2, seed=0).folder / "record.json")
+    assert trained["metrics"]["device"].startswith("cuda")
