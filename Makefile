@@ -16,7 +16,7 @@ PAPERMILL := papermill --no-progress-bar --log-level WARNING --stdout-file /dev/
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help install demo openi test test-slow test-gpu lab docs prepare export check clean
+.PHONY: help install demo openi test test-slow test-gpu lab docs prepare outputs export check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -46,10 +46,13 @@ demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/repo
 	@set -o pipefail; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/demo/notebooks/11_reproduce.ipynb -p profile demo | cat
 
-openi: $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-with-index.csv-and-frontal
+.PHONY: openi-dir
+openi-dir:
 	@if [ -z "$(OPENI_DIR)" ] || [ ! -f "$(OPENI_DIR)/index.csv" ] || [ ! -d "$(OPENI_DIR)/frontal" ]; then \
 	  echo "make openi needs OPENI_DIR, a folder that holds index.csv and frontal/ (see data_manifests/README.md);" \
 	       "OPENI_DIR is '$(OPENI_DIR)'." >&2; exit 2; fi
+
+openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-with-index.csv-and-frontal
 	@mkdir -p runs/openi/notebooks
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi | cat
@@ -77,11 +80,14 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 docs: $(STAMP)  ## the site, in _docs/, and README.md
 	python tools/build_docs.py
 
+outputs: $(STAMP)  ## run the notebooks and store what they show
+	python tools/store_outputs.py
+
 export: $(STAMP)  ## write llava_ta/ from nbs/
 	nbdev_export
 
 clean: $(STAMP)  ## strip what does not belong into a commit from nbs/
-	nbdev_clean
+	python tools/clean_notebooks.py
 
 check: $(STAMP)  ## lint, and the rules of the repository
 	ruff check llava_ta tests tools

@@ -455,13 +455,13 @@ def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
     "The page shows films, masks, predictions, scores and both figures."
     return [ref("segment"), ref("evaluate"), ref("attention"), ref("bias"), *all_variants("generate", profile)]
 
-# %% ../nbs/00_core.ipynb #478ab63f
+# %% ../nbs/00_core.ipynb #6d254b9e
 STEPS: dict[str, Step] = {
     "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom",)),
     "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
-    "tower": Step("05a_pretrain", "pretrain.make_tower", _needs("data", "segment", "mapping"), ("tower",), ("model",)),
+    "tower": Step("05a_pretrain", "pretrain.make_tower", _needs("data", "segment", "mapping"), ("tower", "mapping"), ("model", "mapping")),
     "lm": Step("05a_pretrain", "pretrain.make_lm", _needs("data", "mapping"), ("lm",), ("model",)),
     "features": Step("05b_features", "features.make_features", _needs("data", "segment", "mapping", "tower"),
                      ("tower", "mapping"), ("model", "mapping")),
@@ -530,15 +530,16 @@ def data_dir(
         raise FileNotFoundError(f"data.source '{data.source}' needs a folder of films: set data.dir or ${variable}")
     return Path(place).absolute()
 
-# %% ../nbs/00_core.ipynb #69c913e2
+# %% ../nbs/00_core.ipynb #72a328cb
 def outside_inputs(
     step: str,  # a key of `STEPS`
     profile: Profile,  # which may name files
 ) -> list[Path]:  # files and folders that the step reads
     "What a step reads from outside the run."
     package = Path(str(importlib.resources.files("llava_ta")))
-    if step == "data" and profile.data.source != "phantom":
-        return [data_dir(profile.data)]
+    if step == "data":
+        manifest = [root() / "data_manifests" / "openi.csv"] if "openi" in (profile.data.source, profile.data.texts) else []
+        return manifest + ([data_dir(profile.data)] if profile.data.source != "phantom" else [])
     if step == "segment" and profile.segment.name == "offline":
         return [Path(profile.segment.weights) if profile.segment.weights else package / "weights" / "offline.safetensors"]
     named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint}
@@ -567,8 +568,8 @@ def seed_everything(
                 module = getattr(module, part)
             module(seed % 2**32)
 
-# %% ../nbs/00_core.ipynb #9e74b861
-STUDIES = {"phantom": (1000, 300), "openi": (2610, 292), "mimic": (237_073, 2_461)}  # train, scored: where a profile says null
+# %% ../nbs/00_core.ipynb #9ec78318
+STUDIES = {"phantom": (1000, 300), "openi": (2784, 292), "mimic": (237_073, 2_461)}  # train, scored: where a profile says null
 RATES = {"cpu": 4e10, "gpu": 3e14}  # FLOP/s assumed: two laptop cores in fp32, one H100 in bf16 at 30 % use
 HOW = {
     "data.dir openi": "frontal films as index.csv and frontal/*.jpg; set OPENI_DIR or $LLAVA_TA_OPENI_DIR",

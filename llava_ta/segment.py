@@ -90,23 +90,23 @@ def resize_masks(
     rows, columns = (np.int64((np.arange(n) + 0.5) * m / n) for n, m in zip(shape, masks.shape[-2:], strict=True))
     return masks[..., rows[:, None], columns]
 
-# %% ../nbs/03_segment.ipynb #95284450
+# %% ../nbs/03_segment.ipynb #fdfb3987
 ISLAND = 3000 / 512**2  # share of the film; the published threshold
 
 
 def remove_islands(
     mask: np.ndarray,  # bool [H, W]
     share: float = ISLAND,  # pieces of at most this share of the film are dropped
-) -> tuple[np.ndarray, bool]:  # bool [H, W]; whether anything was dropped
+) -> tuple[np.ndarray, float]:  # bool [H, W]; share of the region's area that was dropped
     "Drop small connected pieces (diagonal neighbours connect) but never the largest one."
     pieces, number = ndimage.label(mask, structure=np.ones((3, 3)))
     if number == 0:
-        return mask, False
+        return mask, 0.0
     areas = np.bincount(pieces.ravel())
     areas[0] = 0
     keep = areas > share * mask.size
     keep[areas.argmax()] = True
-    return keep[pieces], bool((~keep[1:]).any())
+    return keep[pieces], float(areas[~keep].sum() / areas.sum())
 
 # %% ../nbs/03_segment.ipynb #ad16aad0
 @dataclass(frozen=True)
@@ -151,16 +151,16 @@ def judge(
         verdict.append("empty" if area == 0 else "ok" if fits else "implausible")
     return tuple(verdict)
 
-# %% ../nbs/03_segment.ipynb #d9006328
+# %% ../nbs/03_segment.ipynb #bde8a8dc
 def finish(
     masks: np.ndarray,  # bool [7, H, W] as a network gives them
     convention: str,  # which convention the network was trained in
     islands: Sequence[float] = (ISLAND,) * len(REGIONS),  # a share of the film for each region
 ) -> RegionMasks:  # cleaned and judged
-    "Remove islands, then set each status; the more serious one wins: empty, implausible, filtered, ok."
+    "Remove islands, then set each status; the more serious one wins: empty, implausible, filtered (over 2 % lost), ok."
     parts = [remove_islands(mask, share) for mask, share in zip(masks, islands, strict=True)]
     layers = np.stack([layer for layer, _ in parts])
-    status = tuple("filtered" if verdict == "ok" and dropped else verdict
+    status = tuple("filtered" if verdict == "ok" and dropped > 0.02 else verdict
                    for verdict, (_, dropped) in zip(judge(layers), parts, strict=True))
     return RegionMasks(layers, status, convention)
 
@@ -219,13 +219,13 @@ class TruthSegmenter:
             found.append(RegionMasks(masks, tuple("ok" if mask.any() else "empty" for mask in masks), self.convention))
         return found
 
-# %% ../nbs/03_segment.ipynb #6304881d
+# %% ../nbs/03_segment.ipynb #8ada5af1
 @dataclass(frozen=True)
 class UnetConfig:
     "Everything needed to use a set of weights; kept in the header of their file."
 
     widths: tuple[int, ...] = (20, 32, 48, 64, 80)  # channels of each level
-    size: int = 256  # px of the film that the network sees
+    size: int = 192  # px of the film that the network sees
     percentiles: tuple[float, float] = (1.0, 99.0)  # of a film, mapped to -1 and 1
     thresholds: tuple[float, ...] = (0.5,) * len(REGIONS)  # probability that counts as inside, for each region
     islands: tuple[float, ...] = (0.002,) * len(REGIONS)  # pieces below this share of the film are dropped
@@ -237,7 +237,7 @@ class UnetConfig:
         "The smallest network of the same kind, for tests."
         return cls(widths=(8, 12, 16, 24), size=64)
 
-# %% ../nbs/03_segment.ipynb #2e09e9ab
+# %% ../nbs/03_segment.ipynb #b2ad0757
 class Unet(nn.Module):
     "A compact U-Net: folds the film to half its size, and unfolds its output [B, 7, size, size] again."
 
@@ -258,6 +258,7 @@ class Unet(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        "Logits [B, 7, S, S] of films [B, 1, S, S] in [-1, 1]."
         x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)  # [B, 4, S/2, S/2]
         seen = []
         for level, block in enumerate(self.down):
@@ -265,7 +266,7 @@ class Unet(nn.Module):
             seen.append(x)
         for level in reversed(range(len(self.up))):
             x = self.up[level](torch.cat([F.interpolate(x, scale_factor=2.0, mode="bilinear"), seen[level]], dim=1))
-        return F.pixel_shuffle(self.head(x), 2)  # logits [B, 7, S, S]
+        return F.pixel_shuffle(self.head(x), 2)
 
 # %% ../nbs/03_segment.ipynb #ff94892c
 def normalise(

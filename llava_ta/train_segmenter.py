@@ -7,8 +7,9 @@ __all__ = ['ALL_UNKNOWN', 'Labelled', 'to_bits', 'from_bits', 'annotator_convent
            'lung_films', 'warp', 'expose', 'clutter', 'random_batch', 'partial_loss', 'Recipe', 'fit', 'pseudo_label',
            'train_offline', 'dice', 'evaluate_masks']
 
-# %% ../nbs/03a_train_segmenter.ipynb #e5b06f3f
+# %% ../nbs/03a_train_segmenter.ipynb #b52e64d1
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,16 +60,19 @@ def from_bits(
     order = torch.arange(len(REGIONS), dtype=torch.uint8)[None, :, None, None]
     return ((bits.to(torch.uint8)[:, None] >> order) & 1).float()
 
-# %% ../nbs/03a_train_segmenter.ipynb #1e0f2c2e
+# %% ../nbs/03a_train_segmenter.ipynb #f0906c34
 def annotator_convention(
     regions: np.ndarray,  # bool [7, H, W] as the phantom draws them
-    top: float = 0.12,  # where the mediastinum begins, as a share of the lungs' height below their apex
+    top: float = 0.2,  # where the mediastinum begins, as a share of the lungs' height below their apex
+    bottom: float = 0.95,  # where mediastinum and heart end
 ) -> np.ndarray:  # bool [7, H, W]
-    "Phantom masks with the mediastinum cut where human annotators begin it."
+    "Phantom masks with mediastinum and heart cut where human annotators begin and end them."
     rows = np.flatnonzero(regions[REGIONS.index("lungs")].any(axis=1))
     cut = regions.copy()
     if len(rows):
-        cut[REGIONS.index("mediastinum"), : int(rows[0] + top * (rows[-1] - rows[0]))] = False
+        begin, end = (int(rows[0] + share * (rows[-1] - rows[0])) for share in (top, bottom))
+        cut[REGIONS.index("mediastinum"), :begin] = False
+        cut[[REGIONS.index("mediastinum"), REGIONS.index("heart")], end:] = False
     return cut
 
 # %% ../nbs/03a_train_segmenter.ipynb #ab5ace97
@@ -85,10 +89,10 @@ def phantom_films(
         inside.append(to_bits(annotator_convention(phantom.regions)))
     return Labelled(torch.stack(films), torch.stack(inside), torch.zeros(number, size, size, dtype=torch.uint8))
 
-# %% ../nbs/03a_train_segmenter.ipynb #a665c33b
+# %% ../nbs/03a_train_segmenter.ipynb #772d6dbb
 def is_cc_by(
     licence: object,  # as in the column `license` of index.csv; may be absent
-) -> bool:
+) -> bool:  # True for the plain licence only
     "Whether a licence is plain CC BY of any version."
     return bool(re.fullmatch(r"CC BY( \d\.\d)?", str(licence).strip()))
 
@@ -245,7 +249,7 @@ def partial_loss(
     known = weight.sum((2, 3)) > 0
     return entropy + (1 - score)[known].mean()
 
-# %% ../nbs/03a_train_segmenter.ipynb #2274fe6b
+# %% ../nbs/03a_train_segmenter.ipynb #98adbf91
 @dataclass(frozen=True)
 class Recipe:
     "How the network is trained."
@@ -253,7 +257,6 @@ class Recipe:
     unet: UnetConfig = field(default_factory=UnetConfig)  # what is trained
     phantoms: int = 1600  # drawn before training starts
     steps: int = 2200  # of the first round
-    first_size: int = 192  # px in the first round; the second runs at the network's own size
     self_steps: int = 900  # of the second round
     batch: int = 8  # films in a step
     real: int = 2  # of these from real films with lung masks
@@ -265,7 +268,7 @@ class Recipe:
     @classmethod
     def tiny(cls) -> "Recipe":
         "Under a minute on a CPU; shows that everything works, not more."
-        small = {"phantoms": 24, "steps": 100, "first_size": 64, "self_steps": 15, "batch": 4, "real": 1, "pseudo": 1}
+        small = {"phantoms": 24, "steps": 100, "self_steps": 15, "batch": 4, "real": 1, "pseudo": 1}
         return cls(UnetConfig.tiny(), lr=2e-2, self_lr=1e-2, **small)
 
 # %% ../nbs/03a_train_segmenter.ipynb #e9087ef4
@@ -318,7 +321,7 @@ def pseudo_label(
         unknown.append(to_bits((mean > sure[0]) & (mean <= sure[1])))
     return Labelled(films, torch.stack(inside), torch.stack(unknown))
 
-# %% ../nbs/03a_train_segmenter.ipynb #0b1e5c43
+# %% ../nbs/03a_train_segmenter.ipynb #6ae38923
 def train_offline(
     recipe: Recipe,  # sizes and steps
     real: Labelled | None = None,  # films of which the lungs are known
@@ -330,7 +333,7 @@ def train_offline(
     phantoms = phantom_films(recipe.phantoms, size)
     labelled = [] if real is None else [(real, recipe.real)]
     rest = recipe.batch - sum(number for _, number in labelled)
-    net = fit(Unet(recipe.unet.widths), [(phantoms, rest), *labelled], recipe.steps, recipe.first_size, recipe.lr)
+    net = fit(Unet(recipe.unet.widths), [(phantoms, rest), *labelled], recipe.steps, size, recipe.lr)
     if unlabelled is None:
         return net
     pseudo = pseudo_label(net, unlabelled, recipe.unet)
@@ -346,17 +349,19 @@ def dice(
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
-# %% ../nbs/03a_train_segmenter.ipynb #5f14278e
+# %% ../nbs/03a_train_segmenter.ipynb #1f24b2f9
 def evaluate_masks(
     segmenter: Segmenter,  # any
-    folder: Path | str,  # holds index.csv, images/ and masks/<stem>__<name>.png
+    folder: Path | str = "",  # holds index.csv, images/ and masks/<stem>__<name>.png; empty: $LLAVA_TA_MASKS_DIR
     skip: set[str] = frozenset(),  # images (their file names) that training saw
 ) -> pd.DataFrame:  # a row a film: image, view, lungs, cardiomediastinum (Dice; NaN without such a mask)
     """Compare a segmenter with the masks of people, at each film's own size.
 
     Both lungs are `lungs`, or `left_lung` and `right_lung` joined; the cardiomediastinum is compared with the union of
-    heart and mediastinum. A film without either mask is left out."""
-    folder, rows = Path(folder), []
+    heart and mediastinum. A film without either mask is left out. Raises FileNotFoundError without an index.csv."""
+    folder, rows = Path(folder or os.environ.get("LLAVA_TA_MASKS_DIR", "")), []
+    if not (folder / "index.csv").is_file():
+        raise FileNotFoundError(f"{folder / 'index.csv'} does not exist; name a folder of masks, or set $LLAVA_TA_MASKS_DIR")
     index = pd.read_csv(folder / "index.csv")
     for image, view in progress(list(zip(index["image"], index["view"], strict=True)), "measuring"):
         names = {name: folder / f"masks/{Path(image).stem}__{name}.png" for name in (

@@ -17,9 +17,11 @@ from packaging.requirements import Requirement
 from papermill.inspection import inspect_notebook
 
 from check_sizes import too_large
+from clean_notebooks import without_copies
 from llava_ta.core import STEPS
 from repository import LIB, NBS, ROOT, Cell, Notebook, copy_tree, notebooks, run_python, tracked_files
 
+LINE = 120  # characters
 CELL_LINES = 40  # of code in an exported cell
 MEDIAN_LINES = 12
 MODULE_LINES = 400
@@ -102,6 +104,12 @@ def test_exported_cells_are_small(notebook: Notebook):
 
 
 @each
+def test_lines_are_short(notebook: Notebook):
+    long = [f"cell {c.number}: {x[:60]} ..." for c in notebook.code for x in c.source.splitlines() if len(x) > LINE]
+    assert not long, listed(long)
+
+
+@each
 def test_module_is_not_long(notebook: Notebook):
     allowed, _ = LONGER.get(notebook.module, (MODULE_LINES, ""))
     lines = sum(cell.code_lines for cell in notebook.cells if cell.exported)
@@ -171,6 +179,8 @@ def test_no_litter(notebook: Notebook):
     assert raw["metadata"]["kernelspec"] == {"display_name": "python3", "language": "python", "name": "python3"}
     failed = [c.get("id") for c in raw["cells"] for out in c.get("outputs", ()) if out["output_type"] == "error"]
     assert not failed, "stored errors"
+    outputs = [out for c in raw["cells"] for out in c.get("outputs", ())]
+    assert [without_copies([out]) for out in outputs] == [[out] for out in outputs], "run make clean"
 
 
 # ---- pipeline notebooks
@@ -346,16 +356,10 @@ def test_core_is_light():
     assert min(float(done.stdout.split()[0]) for done in runs) < 1.0
 
 
-def imported_by_package() -> dict[str, set[str]]:  # top-level name -> modules that import it
-    """Collect what the package imports from elsewhere."""
-    found: dict[str, set[str]] = {}
-    for path in LIB.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            for name in names:
-                found.setdefault(name.split(".")[0], set()).add(path.stem)
-    return {name: where for name, where in found.items() if name not in sys.stdlib_module_names | {"llava_ta"}}
+def imported_from_elsewhere() -> set[str]:  # top-level names
+    """Collect what the package and the notebooks import, but for the standard library."""
+    names = {name.split(".")[0] for notebook in ALL for cell in notebook.code for name in cell.imports}
+    return names - set(sys.stdlib_module_names) - {"llava_ta"}
 
 
 def declared(
@@ -373,14 +377,13 @@ INDIRECT = {
     "accelerate": "by transformers and peft, and for `accelerate launch`",
     "ipykernel": "runs the notebooks",
     "ipywidgets": "interactive figures in JupyterLab",
-    "plotly": "figures of the notebooks",
-    "pydicom": "reading DICOM",
+    "pyarrow": "Parquet, by pandas",
 }
 
 
 def test_dependencies_are_declared_and_used():
     distributions = packages_distributions()
-    names = {dist for name in imported_by_package() for dist in distributions.get(name, [name])}
+    names = {dist for name in imported_from_elsewhere() for dist in distributions.get(name, [name])}
     used, stated = {re.sub(r"[-_.]+", "-", name).lower() for name in names}, set(declared())
     assert not used - stated, f"imported but not in pyproject.toml: {used - stated}"
     assert not stated - used - set(INDIRECT), f"declared but not used: {stated - used - set(INDIRECT)}"
