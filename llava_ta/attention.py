@@ -347,7 +347,7 @@ def look_at_findings(
     blind = look(model, [replace(prompt, row=None) for prompt in prompts], said, features, desc="attention, black film")
     return cases.assign(sentence=said, found=found), look(model, prompts, said, features), blind
 
-# %% ../nbs/08_attention.ipynb #f4dd96d1
+# %% ../nbs/08_attention.ipynb #edc8cb0c
 def make_attention(
     run: Run,  # whose films, masks, features and anatomy checkpoint are used
     out: Path,  # folder to write into
@@ -361,7 +361,8 @@ def make_attention(
     else:
         cases, gazes, blind = look_at_findings(run, cases)
         for case, gaze, habit in zip(cases.to_dict("records"), gazes, blind):
-            maps = {"attention on I": gaze.sentence[0], "attention on S": gaze.sentence[1], "attention on I, black film": habit.sentence[0]}
+            film, part = gaze.sentence
+            maps = {"attention on I": film, "attention on S": part, "I, black film": habit.sentence[0], "I over black film": film / habit.sentence[0]}
             rows += finding_rows(case, maps, _regions(run, case))
         examples = [_example(run, cases.iloc[n], gazes[n]) for n in choose_examples(cases, run.profile.evaluate.show)]
         shares = np.mean([[*gaze.images.sum((2, 3)).mean(0), gaze.text.mean()] for gaze in gazes], axis=0)
@@ -373,9 +374,10 @@ def make_attention(
     figure = attention_figure(examples)
     figure.write_json(out / "figure.json")
     figure.write_html(out / "figure.html", full_html=False, include_plotlyjs=False)
-    means = summary[(summary.metric != "hit") & (summary.group == "all")]
+    reference = "finding" if (summary.reference == "finding").any() else "region"
+    means = summary[(summary.reference == reference) & (summary.group == "all") & (summary["map"] != "uniform")]
     return {"findings": len(cases), "found": int(cases.found.sum()) if len(cases) else 0, **metrics,
-            **{f"{row.metric}, {row.map}, {row.reference}": row.value for row in means.itertuples()}}
+            **{f"{row.metric} on {reference}: {row.map}": row.value for row in means.itertuples() if row.metric != "hit"}}
 
 # %% ../nbs/08_attention.ipynb #a43f82d0
 def _regions(run: Run, case: dict) -> np.ndarray:

@@ -99,7 +99,7 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-# %% ../nbs/00_core.ipynb #89c118f6
+# %% ../nbs/00_core.ipynb #139e32a5
 class DataSettings(Section):
     "Which films and reports, how many, and how films are stored."
 
@@ -111,6 +111,7 @@ class DataSettings(Section):
     valid_fraction: float = Field(0.1, gt=0, lt=0.5)  # fold of the training split to choose by
     size: int = Field(ge=32)  # px of the stored square film
     resize: Literal["squash", "shortest", "pad"] = "squash"  # how a film becomes square; published: shortest
+    views: Literal["varied", "steady"] = "varied"  # phantoms only: steady fixes one view and one exposure
     seed: int = 0  # of sampling and splits
 
 # %% ../nbs/00_core.ipynb #c1a7f279

@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'VIEWS', 'COLUMNS', 'validate_studies', 'load_studies', 'se
            'openi_films', 'report_sections', 'missing_data', 'mimic_studies', 'phantom_studies', 'new_tensor_file',
            'pack_masks', 'unpack_masks', 'FilmStore', 'draw_study', 'fitted_film', 'each', 'studies_of', 'make_data']
 
-# %% ../nbs/01_data.ipynb #f48ed8f3
+# %% ../nbs/01_data.ipynb #80b08f71
 import base64
 import functools
 import hashlib
@@ -30,7 +30,7 @@ from safetensors import safe_open
 
 from .core import DataSettings, Run, data_dir, progress, root, write_table
 from .ontology import REGIONS
-from .phantom import Finding, draw, findings_from_mesh, sample_findings, write_report
+from .phantom import STEADY, Finding, draw, findings_from_mesh, sample_findings, write_report
 
 # %% ../nbs/01_data.ipynb #6c811c78
 SPLITS: tuple[str, ...] = ("train", "valid", "val")
@@ -433,14 +433,15 @@ class FilmStore:
     def __reduce__(self) -> tuple:
         return FilmStore, (self.folder,)  # worker processes open their own map
 
-# %% ../nbs/01_data.ipynb #7ad3ceef
+# %% ../nbs/01_data.ipynb #ca5ef57a
 def draw_study(
     findings: list[Finding],  # what the film shows
     seed: int,  # of anatomy and noise
     size: int,  # side of the film in pixels
+    views: str = "varied",  # "steady" fixes one view and one exposure
 ) -> tuple[np.ndarray, np.ndarray, list[bytes]]:  # film uint8 [H, W], packed regions uint8 [7, B], a mask per finding
     "Draw one phantom study, packed for the store."
-    phantom = draw(findings, seed, size=size)
+    phantom = draw(findings, seed, size=size, style=STEADY if views == "steady" else None)
     masks = [zlib.compress(pack_masks(np.asarray(mask, dtype=bool)).tobytes()) for mask in phantom.finding_masks]
     return np.uint8(np.clip(phantom.film, 0, 1) * 255 + 0.5), pack_masks(phantom.regions), masks
 
@@ -485,12 +486,13 @@ def studies_of(
         studies = cut_valid(studies, data.valid_fraction, data.seed)
     return validate_studies(studies.assign(row=np.arange(len(studies))), data.source), findings
 
-# %% ../nbs/01_data.ipynb #b956a021
-def _store_phantoms(studies: pd.DataFrame, findings: list[list[Finding]], size: int, out: Path) -> dict[str, int]:
+# %% ../nbs/01_data.ipynb #d2f70d88
+def _store_phantoms(studies: pd.DataFrame, findings: list[list[Finding]], data: DataSettings, out: Path) -> dict[str, int]:
     "Draw all phantoms into `out`; return how many findings were drawn, and in how many studies."
+    size = data.size
     films = new_tensor_file(out / "films.safetensors", "films", (len(studies), size, size))
     truth = new_tensor_file(out / "truth.safetensors", "truth", (len(studies), len(REGIONS), -(-size * size // 8)))
-    jobs = [(shown, int(film.split(":")[1]), size) for film, shown in zip(studies["film"], findings, strict=True)]
+    jobs = [(shown, int(film.split(":")[1]), size, data.views) for film, shown in zip(studies["film"], findings, strict=True)]
     rows = []
     for row, (film, regions, masks) in enumerate(each(draw_study, jobs, "drawing films")):
         films[row], truth[row] = film, regions
@@ -516,7 +518,7 @@ def _store_films(studies: pd.DataFrame, data: DataSettings, out: Path) -> dict[s
     films.flush()
     return {"films read": len(studies)}
 
-# %% ../nbs/01_data.ipynb #47dcb92f
+# %% ../nbs/01_data.ipynb #37f57351
 def make_data(
     run: Run,  # whose profile names source, texts, numbers and size
     out: Path,  # folder to write into
@@ -529,7 +531,7 @@ def make_data(
     if findings is None:
         counts = _store_films(studies, data, out)
     else:
-        counts = _store_phantoms(studies, findings, data.size, out)
+        counts = _store_phantoms(studies, findings, data, out)
     write_table(out / "studies.parquet", studies)
     resize = "drawn at this size" if data.source == "phantom" else data.resize
     per_split = {split: int((studies["split"] == split).sum()) for split in SPLITS}

@@ -680,7 +680,7 @@ def _clause(text: str, lower: str, s: Statement, shift: int) -> Clause:
     return Clause(shift + s.start, shift + s.end, s.topic if said else f"dropped: {why}", status, said,
                   tuple(dict.fromkeys(s.rules)), s.topic, s.denies)
 
-# %% ../nbs/02_decompose.ipynb #3ecb9ce0
+# %% ../nbs/02_decompose.ipynb #fada2b2f
 def _leftover(text: str, shift: int) -> Clause:
     "A sentence without a topic: a reason to drop it, or `special-other`."
     lower = text.lower()
@@ -692,7 +692,7 @@ def _leftover(text: str, shift: int) -> Clause:
     why = next((reason for reason, holds in reasons.items() if holds), "")
     said = "" if why else positive_sentence(text)
     if not said:
-        why = why or "comparison"
+        why = why or "no statement"
         return Clause(shift, shift + len(text), f"dropped: {why}", "dropped", "", (why,))
     status = "absent" if "negation" in kinds else "present"
     return Clause(shift, shift + len(text), "special-other", status, said, ("other",), "special-other")

@@ -8,7 +8,7 @@ __all__ = ['EVALUATIONS', 'METRICS', 'SYSTEMS', 'IDENTITY', 'SHOWN', 'NOTE', 'PU
            'all_predictions', 'make_evaluate', 'over_seeds', 'wide_table', 'markdown_table', 'html_table',
            'published_table', 'published_html']
 
-# %% ../nbs/07_evaluate.ipynb #ea885a7f
+# %% ../nbs/07_evaluate.ipynb #4ea327dd
 import re
 from collections.abc import Callable, Iterator
 from html import escape
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import Ref, Run, all_variants, progress, write_table
+from .core import Run, all_variants, progress, write_table
 from .generate import concatenate
 from .metrics import (F1_NAMES, bleu_counts, bleu_from_counts, bootstrap_difference, bootstrap_interval, f1_scores,
                               label_counts, label_matrix, not_computed, rouge_l_each)

@@ -7,9 +7,10 @@ __all__ = ['STYLE', 'token_sentences', 'answer_scores', 'narrative_samples', 'na
            'gain_fall', 'choose_reports', 'topic_samples', 'topic_rows', 'arm_films', 'bias_figure', 'system_scores',
            'bias_metrics', 'make_bias']
 
-# %% ../nbs/09_narrative_bias.ipynb #bea9734c
+# %% ../nbs/09_narrative_bias.ipynb #8863598c
+from itertools import product
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Sequence
 
 import numpy as np
 import pandas as pd
@@ -92,16 +93,17 @@ def narrative_rows(
                  {"system": "narrative, text withheld", "k": k, "tokens": len(withheld), "nats": float(withheld.mean())}]
     return rows
 
-# %% ../nbs/09_narrative_bias.ipynb #54990c6e
+# %% ../nbs/09_narrative_bias.ipynb #2f149aa0
 def gain_table(
     scores: pd.DataFrame,  # study, patient, system, film, k, nats; every film for every study
     resamples: int = 1000,  # of the bootstrap over patients
 ) -> pd.DataFrame:  # system, arm, k, gain, low, high, n
     "Mean gain of the real film over each blind arm, in nats per token, with 95 % intervals."
     wide = scores.pivot_table(index=["system", "k", "study", "patient"], columns="film", values="nats").reset_index()
-    rows = []
-    for (system, k), part in wide.groupby(["system", "k"], sort=False):
-        for arm in [film for film in scores.film.unique() if film != "real"]:
+    rows, arms = [], [film for film in scores.film.unique() if film != "real"]
+    for system, k, arm in product(scores.system.unique(), sorted(scores.k.unique()), arms):
+        part = wide[(wide.system == system) & (wide.k == k)]
+        if len(part):
             gains = (part["real"] - part[arm]).to_numpy()
             low, high = mean_interval(gains, part.patient.to_numpy(), resamples)
             rows.append((system, arm, k, float(gains.mean()), low, high, len(gains)))

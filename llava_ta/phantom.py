@@ -46,7 +46,7 @@ class Finding:
         """The ontology id of the topic that this finding makes present."""
         return KINDS[self.kind]
 
-# %% ../nbs/00b_phantom.ipynb #048211c1
+# %% ../nbs/00b_phantom.ipynb #a0cb3a12
 ANATOMY: dict[str, tuple[float, float]] = {  # name: mean, standard deviation
     # the view
     "zoom": (0.94, 0.075), "aspect": (1.0, 0.06), "tilt": (0, 0.03), "turn": (0, 0.03), "dx": (0, 0.05),
@@ -79,9 +79,9 @@ _Rng = np.random.Generator
 _Body = SimpleNamespace  # one patient in the beam: coordinates, outlines and path lengths, each an array [H, W]
 
 
-STEADY: dict[str, float] = {name: ANATOMY[name][0] for name in (  # a style: one view, one exposure, as of one X-ray room
-    "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "contrast", "scatter", "noise", "sharpen", "shade",
-    "collimate")}
+STEADY: dict[str, float] = {name: ANATOMY[name][0] for name in (  # a style: one view and one exposure
+    "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "contrast", "scatter", "noise", "sharpen",
+    "shade", "collimate")}
 
 
 def _stream(seed: int, *names: object) -> _Rng:
@@ -465,19 +465,19 @@ def _interstitial(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) 
     net = np.minimum(np.abs(_rough(b, rng, 34)), np.abs(_rough(b, rng, 34)))
     return _SOFT * _fill(b, (0.20 + 0.14 * g) * np.clip(1 - 2.5 * net, 0, 1) * np.clip(b.t * 1.6, 0, 1))
 
-# %% ../nbs/00b_phantom.ipynb #65b4bb07
+# %% ../nbs/00b_phantom.ipynb #de2a5663
 @_in_lung("lung lesion")
 def _lesion(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
-    r = 0.040 + 0.052 * g ** 1.2
+    r = 0.045 + 0.055 * g ** 1.2
     q = _ball(b, x, y, r, r * rng.uniform(0.85, 1.15)) + 0.10 * _rough(b, rng, 24)
-    return _SOFT * (2.2 + 26 * r) * _chord(q) * b.inside
+    return _SOFT * (4 + 40 * r) * _chord(q) * b.inside
 
-# %% ../nbs/00b_phantom.ipynb #9da09dd2
+# %% ../nbs/00b_phantom.ipynb #416e440b
 @_in_lung("granuloma")
 def _granuloma(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
-    r, spread = 0.022 + 0.008 * g, 0.09 * (g > 1)
+    r, spread = 0.030 + 0.008 * g, 0.09 * (g > 1)
     balls = [_chord(_ball(b, *(rng.normal((x, y), spread)), r, r)) for _ in range(4 if g > 1 else 1)]
-    return _BONE * 1.7 * sum(balls) * b.inside
+    return _BONE * 2.6 * sum(balls) * b.inside
 
 # %% ../nbs/00b_phantom.ipynb #e5b19bd3
 @_in_lung("pleural effusion")

@@ -8,7 +8,7 @@ __all__ = ['EXPERIMENTS', 'CURVES', 'STYLE', 'STUDY_STYLE', 'SCRIPT', 'SHORT', '
            'film_html', 'findings_html', 'score_bars', 'provenance', 'record_html', 'curves_figure', 'page_html',
            'study_html', 'publish', 'make_report']
 
-# %% ../nbs/11_reproduce.ipynb #5c37d4e3
+# %% ../nbs/11_reproduce.ipynb #9f324e0b
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,11 +24,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
-from .core import (Profile, Ref, Run, Settings, all_variants, atomic_path, check_params, commit, preflight, ref,
-                           run_pipeline)
+from .core import Profile, Ref, Run, Settings, atomic_path, check_params, commit, preflight, run_pipeline
 from .data import FilmStore, film_uri
 from .decompose import get_decomposer
-from .evaluate import difference, over_seeds, published_html, wide_table
+from .evaluate import difference, over_seeds, published_html
 from .ontology import REGIONS, TOPICS, region_set
 from .segment import REGION_COLOURS, MaskStore
 
