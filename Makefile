@@ -12,7 +12,9 @@ LOCK  := requirements/lock.txt
 STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # papermill hands the kernel's output on, so that progress bars show. `cat` makes it a pipe: a file would be truncated.
+# Every kernel warns that it listens on a local socket; that is left out of stderr.
 PAPERMILL := papermill --no-progress-bar --log-level WARNING --stdout-file /dev/stdout --stderr-file /dev/stdout
+SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
@@ -44,7 +46,7 @@ endif
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
 	@mkdir -p runs/demo/notebooks
 	@set -o pipefail; \
-	$(PAPERMILL) nbs/11_reproduce.ipynb runs/demo/notebooks/11_reproduce.ipynb -p profile demo | cat
+	$(PAPERMILL) nbs/11_reproduce.ipynb runs/demo/notebooks/11_reproduce.ipynb -p profile demo $(SHOWN)
 
 .PHONY: openi-dir
 openi-dir:
@@ -55,7 +57,7 @@ openi-dir:
 openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-with-index.csv-and-frontal
 	@mkdir -p runs/openi/notebooks
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
-	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi | cat
+	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)
 
 # Two notebooks are tested at a time, with one thread each.
 test test-slow: export OMP_NUM_THREADS := 1

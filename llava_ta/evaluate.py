@@ -8,7 +8,7 @@ __all__ = ['EVALUATIONS', 'METRICS', 'SYSTEMS', 'IDENTITY', 'SHOWN', 'NOTE', 'PU
            'all_predictions', 'make_evaluate', 'over_seeds', 'wide_table', 'markdown_table', 'html_table',
            'published_table', 'published_html']
 
-# %% ../nbs/07_evaluate.ipynb #4ea327dd
+# %% ../nbs/07_evaluate.ipynb #351e4c30
 import re
 from collections.abc import Callable, Iterator
 from html import escape
@@ -19,13 +19,15 @@ import pandas as pd
 
 from .core import Run, all_variants, progress, write_table
 from .generate import concatenate
-from .metrics import (F1_NAMES, bleu_counts, bleu_from_counts, bootstrap_difference, bootstrap_interval, f1_scores,
-                              label_counts, label_matrix, not_computed, rouge_l_each)
+from llava_ta.metrics import (
+    F1_NAMES, bleu_counts, bleu_from_counts, bootstrap_difference, bootstrap_interval, f1_scores, label_counts,
+    label_matrix, not_computed, rouge_l_each,
+)
 from .ontology import ASKED, TOPICS
 
-# %% ../nbs/07_evaluate.ipynb #48644e57
+# %% ../nbs/07_evaluate.ipynb #56de339a
 EVALUATIONS: dict[str, str] = {
-    "report-all": "every topic is asked; the joined sentences against the original report. No oracle: usable on a new film",
+    "report-all": "no oracle: every topic is asked, as one would on a new film; against the original report",
     "report-original": "oracle: only the true report's topics are asked; against the original report",
     "report-oracle": "oracle: only the true report's topics are asked; against the report's cleaned topic sentences",
     "topic": "oracle: one sentence against one sentence, for each topic of the true report",
@@ -88,13 +90,14 @@ def row_numbers(
         bleu=list(bleu_counts(said, true).astype(np.int32)), rouge=rouge_l_each(said, true),
         reference=list(labels[0]), prediction=list(labels[1]))
 
-# %% ../nbs/07_evaluate.ipynb #f08adbae
+# %% ../nbs/07_evaluate.ipynb #659b9306
 def additive(
     numbers: pd.DataFrame,  # from `row_numbers`
 ) -> np.ndarray:  # float [N, 54]: 10 BLEU counts, ROUGE-L, 1, and hits, false alarms, misses of 14 labels
     "What each row adds to the sums of which every score is a function."
     labels = label_counts(*(np.stack(numbers[side]).astype(bool) for side in ("prediction", "reference")))
-    return np.column_stack([np.stack(numbers.bleu), numbers.rouge, np.ones(len(numbers)), labels.reshape(len(numbers), -1)])
+    rows = len(numbers)
+    return np.column_stack([np.stack(numbers.bleu), numbers.rouge, np.ones(rows), labels.reshape(rows, -1)])
 
 # %% ../nbs/07_evaluate.ipynb #205d8960
 def _f1(name: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -144,7 +147,7 @@ def blind_predictions(
         return pd.DataFrame(rows, columns=["study", "topic", "sentence"])
     return {"most frequent sentence": everywhere(present | usual), "always present": everywhere(present)}
 
-# %% ../nbs/07_evaluate.ipynb #3ee020ec
+# %% ../nbs/07_evaluate.ipynb #0433b564
 def difference(
     numbers: pd.DataFrame,  # `per_study.parquet` or `per_topic.parquet`
     first: dict[str, object],  # chooses the rows of one system: column -> value
@@ -159,7 +162,8 @@ def difference(
         sides.append(rows.sort_values(["study", "topic"]))
     keys = [list(zip(side.study, side.topic)) for side in sides]
     if not keys[0] or keys[0] != keys[1] or len(set(keys[0])) < len(keys[0]):
-        raise ValueError(f"{first} has {len(keys[0])} rows and {second} {len(keys[1])}; they must be the same studies, each once")
+        raise ValueError(f"{first} has {len(keys[0])} rows and {second} {len(keys[1])}; "
+                         "they must be the same studies, each once")
     statistic, counts = METRICS[metric][1], [additive(side) for side in sides]
     one, other = (float(statistic(side.sum(axis=0, keepdims=True))[0]) for side in counts)
     low, high = bootstrap_difference(*counts, statistic, sides[0].patient.tolist(), resamples)
@@ -176,15 +180,15 @@ def system_name(
     "Name of a trained system."
     return SYSTEMS[mode] + (", MLP only" if stage == 1 else "")
 
-# %% ../nbs/07_evaluate.ipynb #de288951
-IDENTITY: tuple[str, ...] = ("system", "mode", "stage", "seed", "film")  # columns that name a row of the table
+# %% ../nbs/07_evaluate.ipynb #cefc4640
+IDENTITY: tuple[str, ...] = ("system", "mode", "stage", "seed", "film", "evaluation")  # what names a row of the table
 
 
 def all_predictions(
     run: Run,  # whose predictions are done
     studies: pd.DataFrame,  # the val split
     learned: pd.DataFrame,  # topic sentences of the training split
-) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:  # values for `IDENTITY`; study, topic, sentence
+) -> Iterator[tuple[dict[str, object], pd.DataFrame]]:  # system, mode, stage, seed, film; study, topic, sentence
     "Everything that was said about the scored films: by trained systems first, then by the rules that cannot see."
     for artefact in all_variants("generate", run.profile):
         variant = dict(artefact.variant)
@@ -193,45 +197,44 @@ def all_predictions(
     for system, said in blind_predictions(learned, studies).items():
         yield {"system": system, "mode": "", "stage": 0, "seed": 0, "film": "none"}, said
 
-# %% ../nbs/07_evaluate.ipynb #74f88f1a
+# %% ../nbs/07_evaluate.ipynb #ef616ee7
 def make_evaluate(
     run: Run,  # whose predictions are scored
     out: Path,  # folder to write into
 ) -> dict:  # macro-F1-14 of every system in the profile's first mode
-    "Write scores.parquet, per_study.parquet and per_topic.parquet (numbers, no text), and table.html."
+    """Write scores.parquet and table.html, and what they are computed from: per_study.parquet and per_topic.parquet.
+
+    The latter two hold a row for each report and for each topic sentence: names, labels and counts, no text."""
     settings = run.profile.evaluate
     studies = pd.read_parquet(run.path("data") / "studies.parquet")
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("origin == 'report'")
-    val, learned = studies[studies.split == "val"], samples[samples.split == "train"]
-    numbers, scores = [], []
-    systems = [(who, said, mode) for who, said in all_predictions(run, val, learned) for mode in settings.modes]
-    for who, said, mode in progress(systems, "scoring"):
-        rows = row_numbers(paired_texts(mode, said, val, samples[["study", "topic", "sentence"]])).assign(**who, evaluation=mode)
-        numbers.append(rows)
-        scores.append(scores_of(rows, settings.bootstrap).assign(**who, evaluation=mode))
-    numbers, scores = (pd.concat([part for part in parts if len(part)], ignore_index=True) for parts in (numbers, scores))
-    lead, is_topic = [*IDENTITY, "evaluation"], numbers.evaluation == "topic"
-    write_table(out / "per_study.parquet", numbers[~is_topic][[*lead, "study", "patient", "topic", *_NUMBERS]])
-    write_table(out / "per_topic.parquet", numbers[is_topic][[*lead, "study", "patient", "topic", *_NUMBERS]])
-    table = pd.concat([scores[[*lead, *_SCORES]], _not_computed()], ignore_index=True)
+    val, true = studies[studies.split == "val"], samples[["study", "topic", "sentence"]]
+    systems = list(all_predictions(run, val, samples[samples.split == "train"]))
+    numbers, scores = [], [_not_computed()]
+    for who, said, mode in progress([(*system, mode) for system in systems for mode in settings.modes], "scoring"):
+        rows = row_numbers(paired_texts(mode, said, val, true))
+        if len(rows):
+            numbers.append(rows.assign(**who, evaluation=mode))
+            scores.append(scores_of(rows, settings.bootstrap).assign(**who, evaluation=mode))
+    stored, table = (pd.concat(parts, ignore_index=True) for parts in (numbers, [*scores[1:], scores[0]]))
+    stored = stored[[*IDENTITY, "study", "patient", "topic", "bleu", "rouge", "reference", "prediction"]]
+    table = table[[*IDENTITY, "metric", "convention", "value", "low", "high", "n"]]
+    write_table(out / "per_study.parquet", stored[stored.evaluation != "topic"])
+    write_table(out / "per_topic.parquet", stored[stored.evaluation == "topic"])
     write_table(out / "scores.parquet", table)
     (out / "table.html").write_text(html_table(table), encoding="utf-8")
-    headline = scores.query("metric == 'CheXpert macro-F1-14 (rules)' and evaluation == @settings.modes[0]")
-    return {"studies": len(val), **{f"{row.system}, {row.film}": row.value for row in over_seeds(headline).itertuples()}}
+    headline = over_seeds(table.query("metric == 'CheXpert macro-F1-14 (rules)' and evaluation == @settings.modes[0]"))
+    return {"studies": len(val), **{f"{row.system}, {row.film}": row.value for row in headline.itertuples()}}
 
-# %% ../nbs/07_evaluate.ipynb #fe276fbe
-_NUMBERS = ("bleu", "rouge", "reference", "prediction")
-_SCORES = ("metric", "convention", "value", "low", "high", "n")
-
-
+# %% ../nbs/07_evaluate.ipynb #da9b0d57
 def _not_computed() -> pd.DataFrame:
     "Rows of scores.parquet for scores that are not there; the reason stands as their convention."
-    blank = {"system": "all", "mode": "", "stage": 0, "seed": 0, "film": "none", "evaluation": "all"}
-    rows = [{**blank, "metric": metric, "convention": f"not computed: {why}", "value": np.nan, "low": np.nan, "high": np.nan, "n": 0}
-            for metric, why in not_computed().items()]
-    return pd.DataFrame(rows)
+    blank = {"system": "all", "mode": "", "stage": 0, "seed": 0, "film": "none", "evaluation": "all", "n": 0}
+    empty = dict.fromkeys(("value", "low", "high"), np.nan)
+    return pd.DataFrame([{**blank, **empty, "metric": metric, "convention": f"not computed: {why}"}
+                         for metric, why in not_computed().items()])
 
-# %% ../nbs/07_evaluate.ipynb #083e24bb
+# %% ../nbs/07_evaluate.ipynb #564be4f5
 def over_seeds(
     scores: pd.DataFrame,  # `scores.parquet`, or a part of it
 ) -> pd.DataFrame:  # one row for several seeds: mean, min, max; column `seeds`
@@ -239,14 +242,18 @@ def over_seeds(
     keys = ["system", "mode", "stage", "film", "evaluation", "metric", "convention"]
     rows = []
     for key, group in scores.groupby(keys, sort=False):
-        low, high = (group.value.min(), group.value.max()) if len(group) > 1 else (group.low.iloc[0], group.high.iloc[0])
-        rows.append((*key, group.value.mean(), low, high, group.n.iloc[0], len(group)))
+        first, several = group.iloc[0], len(group) > 1
+        low, high = (group.value.min(), group.value.max()) if several else (first.low, first.high)
+        rows.append((*key, group.value.mean(), low, high, first.n, len(group)))
     return pd.DataFrame(rows, columns=[*keys, "value", "low", "high", "n", "seeds"])
 
-# %% ../nbs/07_evaluate.ipynb #9116d1cf
+# %% ../nbs/07_evaluate.ipynb #faee76d8
 SHOWN: dict[str, tuple[str, float]] = {  # metric -> heading, factor to a scale of 100
-    "CheXpert macro-F1-14 (rules)": ("macro-F1-14", 100), "CheXpert macro-F1-supported (rules)": ("macro-F1, supported", 100),
-    "CheXpert micro-F1-14 (rules)": ("micro-F1-14", 100), "BLEU-4": ("BLEU-4", 1), "ROUGE-L": ("ROUGE-L", 100),
+    "CheXpert macro-F1-14 (rules)": ("macro-F1-14", 100),
+    "CheXpert macro-F1-supported (rules)": ("macro-F1, supported", 100),
+    "CheXpert micro-F1-14 (rules)": ("micro-F1-14", 100),
+    "BLEU-4": ("BLEU-4", 1),
+    "ROUGE-L": ("ROUGE-L", 100),
 }
 
 
@@ -256,7 +263,7 @@ def wide_table(
 ) -> pd.DataFrame:  # a row for each (evaluation, system, film); cells such as "41.2 (36.0 to 45.9)", and n
     "The score table with systems as rows and metrics as columns."
     known = over_seeds(scores.dropna(subset="value"))
-    known = known[known.metric.isin(SHOWN)].assign(order=known.evaluation.map({name: i for i, name in enumerate(EVALUATIONS)}))
+    known = known[known.metric.isin(SHOWN)].assign(order=known.evaluation.map(list(EVALUATIONS).index))
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in known.sort_values("order", kind="stable").itertuples():
         heading, factor = SHOWN[row.metric]
@@ -275,8 +282,8 @@ def markdown_table(
     lines = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
-# %% ../nbs/07_evaluate.ipynb #526b268d
-NOTE = ("Oracle means that a system is asked only about the topics that the true report has, which nobody knows in use. "
+# %% ../nbs/07_evaluate.ipynb #6c6230c7
+NOTE = ("Oracle: the system is asked only about the topics that the true report has, which nobody knows in use. "
         "Blind rows see no film of the patient: a gain that they share is not the film's doing. "
         "Modes have different references; compare within a mode only.")
 
@@ -295,20 +302,21 @@ def html_table(
         body.append("</tbody>")
     spread = f"mean of {seeds} seeds (smallest to largest)" if seeds > 1 else "95 % interval over patients in brackets"
     reasons = {metric: re.sub("`(.+?)`", r"<code>\1</code>", escape(why)) for metric, why in not_computed().items()}
-    missing = "".join(f"<li><b>{escape(metric)}</b>: not computed; {why}</li>" for metric, why in reasons.items())
+    missing = "".join(f"<li><b>{escape(metric)}</b>: not computed; {why}.</li>" for metric, why in reasons.items())
     return (f'<div class="scroll"><table class="scores"><thead><tr>{head}</tr></thead>{"".join(body)}</table></div>\n'
             f'<p class="note">{NOTE} Scores times 100; {spread}. F1 by the rule labeler, uncertain as negative; '
             f'BLEU-4 and ROUGE-L as LLaVA-Rad computes them.</p>\n<ul class="note">{missing}</ul>\n')
 
-# %% ../nbs/07_evaluate.ipynb #afff5f98
+# %% ../nbs/07_evaluate.ipynb #10b93e66
 def _html_row(system: str, film: str, row: pd.Series) -> str:
     "A row of the table; the interval is set small."
     blind = film != "real"
-    cells = "".join(f"<td>{escape(str(cell)).replace(' (', ' <small>(').replace(')', ')</small>')}</td>" for cell in row)
+    cells = "".join("<td>" + re.sub(r"(\(.*\))", r"<small>\1</small>", cell) + "</td>" for cell in row)
     name = f'{escape(system)}{" <i>blind</i>" if blind else ""}'
-    return f'<tr class="{"blind" if blind else "seeing"}"><th scope="row">{name}</th><td>{escape(film)}</td>{cells}</tr>'
+    kind = "blind" if blind else "seeing"
+    return f'<tr class="{kind}"><th scope="row">{name}</th><td>{escape(film)}</td>{cells}</tr>'
 
-# %% ../nbs/07_evaluate.ipynb #beb87ec0
+# %% ../nbs/07_evaluate.ipynb #7b60c857
 PUBLISHED: tuple[tuple[str, str, float | None, float | None, float | None, float | None], ...] = (
     ("LLaVA-Rad", "report", 29.4, 39.5, 16.1, 30.8),
     ("MAIRA-1", "report", 29.6, 42.3, 14.2, 28.9),
@@ -317,8 +325,9 @@ PUBLISHED: tuple[tuple[str, str, float | None, float | None, float | None, float
     ("LLaVA-TA", "report, oracle topics", 34.3, 62.4, 24.8, 42.6),
     ("LLaVA-TA", "topic", 44.0, 77.9, 31.8, 60.6),
 )
-PUBLISHED_SOURCE = ("cited, not ours: MIMIC-CXR test split, \"Rethinking Radiology Report Generation: From Narrative Flow to "
-                    "Topic-Guided Findings\", ICLR 2026 (OpenReview nV3SAjFlyv); the abstract says 71.5 where the table has 77.9")
+PUBLISHED_SOURCE = (
+    "Cited, not ours: MIMIC-CXR test split, \u201cRethinking Radiology Report Generation: From Narrative Flow to "
+    "Topic-Guided Findings\u201d, ICLR 2026 (OpenReview nV3SAjFlyv). The abstract says 71.5 where the table has 77.9.")
 
 
 def published_table() -> pd.DataFrame:  # one row a system
@@ -326,11 +335,12 @@ def published_table() -> pd.DataFrame:  # one row a system
     columns = ["system (cited)", "evaluation", "RadGraph F1", "CheXbert macro-F1-14", "BLEU-4", "ROUGE-L"]
     return pd.DataFrame(PUBLISHED, columns=columns)
 
-# %% ../nbs/07_evaluate.ipynb #cdb64e74
+# %% ../nbs/07_evaluate.ipynb #0b74e176
 def published_html() -> str:  # a fragment
     "The paper's main table as HTML, with its source as caption."
     table = published_table()
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
-    rows = ["".join(f"<td>{'not given' if pd.isna(cell) else escape(str(cell))}</td>" for cell in row) for row in table.values]
-    return (f'<div class="scroll"><table class="scores cited"><caption>{escape(PUBLISHED_SOURCE)}</caption><thead><tr>{head}</tr></thead>'
-            f'<tbody>{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div>')
+    cells = [["not given" if pd.isna(cell) else escape(str(cell)) for cell in row] for row in table.values]
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
+    return (f'<div class="scroll"><table class="scores cited"><caption>{escape(PUBLISHED_SOURCE)}</caption>'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")

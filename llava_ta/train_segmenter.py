@@ -249,15 +249,15 @@ def partial_loss(
     known = weight.sum((2, 3)) > 0
     return entropy + (1 - score)[known].mean()
 
-# %% ../nbs/03a_train_segmenter.ipynb #98adbf91
+# %% ../nbs/03a_train_segmenter.ipynb #b6432f34
 @dataclass(frozen=True)
 class Recipe:
     "How the network is trained."
 
     unet: UnetConfig = field(default_factory=UnetConfig)  # what is trained
-    phantoms: int = 1600  # drawn before training starts
+    phantoms: int = 1500  # drawn before training starts
     steps: int = 2200  # of the first round
-    self_steps: int = 900  # of the second round
+    self_steps: int = 800  # of the second round
     batch: int = 8  # films in a step
     real: int = 2  # of these from real films with lung masks
     pseudo: int = 3  # of these from films with pseudo-labels, in the second round

@@ -28,6 +28,8 @@ from build_readme import write_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 PLOTLY_JS = "site_libs/plotly.min.js"  # inside the site
+# nbdev's links inside a signature, where they are only text.
+LINK_IN_CODE = re.compile(r"\[`([^`\]]+)`\]\(https?://[^)\s]*\)")
 # How smalldocs writes TeX, and what it adds to a page that has some.
 FORMULA = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.DOTALL)
 KATEX = re.compile(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?')
@@ -92,6 +94,13 @@ def draw_formulas(
     return KATEX.sub("", FORMULA.sub(mathml, page))
 
 
+def plain_signature(
+    found: re.Match,  # a block of code
+) -> str:  # the same, to be read
+    """Take out what nbdev leaves in signatures: links as Markdown, and the module that it ran the cell in."""
+    return LINK_IN_CODE.sub(r"\1", found.group(0)).replace("__main__.", "")
+
+
 def serve_locally(
     site: Path,  # the rendered site
     address: str,  # where it will be published: nbdev's links begin with that
@@ -105,7 +114,8 @@ def serve_locally(
         page, figures = PLOTLY_SCRIPT.subn("", page)
         if figures or "Plotly.newPlot(" in page:
             page = page.replace("</head>", f'<script src="{up}/{PLOTLY_JS}"></script>\n</head>', 1)
-        page = page.replace(f'href="{address}/', f'href="{up}/').replace("__main__.", "")  # nbdev's signatures
+        page = page.replace(f'href="{address}/', f'href="{up}/')
+        page = re.sub(r"<pre\b.*?</pre>", plain_signature, page, flags=re.DOTALL)
         path.write_text(page, encoding="utf-8")
         left += [f"{path.relative_to(site)} loads {' '.join(found.split())[:160]}" for found in LOADED.findall(page)]
     for sheet in sorted(site.rglob("*.css")):
