@@ -148,14 +148,15 @@ def patch_cover(
     rows, columns = overlap(mask.shape[0], grid[0]), overlap(mask.shape[1], grid[1])
     return rows @ mask @ columns.T / (mask.size / (grid[0] * grid[1]))
 
-# %% ../nbs/08_attention.ipynb #3bd7526b
+# %% ../nbs/08_attention.ipynb #865bccf6
 def spread(
     weights: np.ndarray,  # float [R, C]
     shape: tuple[int, int],  # height and width wanted
-) -> np.ndarray:  # float32 [H, W] in [0, 1]; the largest patch is 1
-    "Stretch a map of patches over a film, for pictures only."
-    image = Image.fromarray(weights.astype(np.float32)).resize(shape[::-1], Image.Resampling.BICUBIC)
-    return np.clip(np.asarray(image) / max(float(weights.max()), 1e-12), 0, 1)
+) -> np.ndarray:  # float32 [H, W]: 0 at an even share or less, 1 at the largest or at twice the even share
+    "Stretch what a map has beyond an even share over a film, for pictures only."
+    excess = np.maximum(weights / max(float(weights.mean()), 1e-12) - 1, 0).astype(np.float32)
+    image = Image.fromarray(excess).resize(shape[::-1], Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(image) / max(float(excess.max()), 1), 0, 1)
 
 # %% ../nbs/08_attention.ipynb #6171a52c
 def map_scores(
@@ -255,10 +256,10 @@ def summarise(
                 rows.append((reference, name, group, metric, chosen[metric].mean(), low, high, len(chosen)))
     return pd.DataFrame(rows, columns=["reference", "map", "group", "metric", "value", "low", "high", "n"])
 
-# %% ../nbs/08_attention.ipynb #da188e3e
+# %% ../nbs/08_attention.ipynb #01ed61d4
 def heat_film(
     film: np.ndarray,  # float32 [H, W] in [0, 1]
-    weights: np.ndarray,  # float [R, C]; the strongest patch gets the densest orange
+    weights: np.ndarray,  # float [R, C], painted as `spread` says
     outline: np.ndarray | None = None,  # bool [h, w], a mask to be outlined in blue
     size: int = 224,  # side of the picture in pixels
 ) -> np.ndarray:  # uint8 [size, size, 3]
@@ -293,7 +294,7 @@ class Example:
     maps: np.ndarray  # float [M, R, C]
     mask: np.ndarray | None  # of the finding, bool [H, W]
 
-# %% ../nbs/08_attention.ipynb #1c5b248b
+# %% ../nbs/08_attention.ipynb #a753d00a
 def attention_figure(
     examples: Sequence[Example],  # a row each
     size: int = 224,  # px of a picture
@@ -307,8 +308,9 @@ def attention_figure(
         text = dict(text=_caption(one), xanchor="left", align="left", showarrow=False)
         figure.add_annotation(text, x=0, y=0.5, row=row, col=1)
         for column, (film, weights) in enumerate(zip(one.images, one.maps), 2):
-            picture = dict(source=jpeg_uri(heat_film(film, weights, one.mask, size)), xanchor="center", yanchor="middle")
-            figure.add_layout_image(picture, x=0.5, y=0.5, sizex=1, sizey=1, sizing="contain", row=row, col=column)
+            source = jpeg_uri(heat_film(film, weights, one.mask, size))
+            figure.add_layout_image(source=source, x=0.5, y=0.5, xanchor="center", yanchor="middle", sizex=1, sizey=1,
+                                    sizing="contain", row=row, col=column)
     for row, column in product(range(1, rows + 1), (1, 2, 3)):  # a panel without a trace would not be drawn
         figure.add_scatter(x=[0, 1], y=[0, 1], mode="markers", marker_opacity=0, hoverinfo="skip", row=row, col=column)
     figure.update_xaxes(visible=False, range=[0, 1], fixedrange=True)

@@ -808,7 +808,7 @@ def _record(
     return read_json(self.path(step, **variant) / "record.json")
 Run.record = _record
 
-# %% ../nbs/00_core.ipynb #4ed7aff1
+# %% ../nbs/00_core.ipynb #a9ff8c8c
 def run_pipeline(
     settings: Settings,  # from `check_params`
     step: str = "report",  # what shall be up to date at the end
@@ -821,8 +821,7 @@ def run_pipeline(
         return []
     if preflight(run.profile).absent:
         raise FileNotFoundError(f"this profile cannot run yet:\n{preflight(run.profile)}")
-    notebooks = list(dict.fromkeys(STEPS[artefact.step].notebook for artefact in todo))
-    notebooks = [name for name in notebooks if name != but]
+    notebooks = sorted({STEPS[artefact.step].notebook for artefact in todo} - {but})  # numbers follow the flow of data
     for number, name in enumerate(notebooks, 1):
         started = time.time()
         print(f"[{number}/{len(notebooks)}] {name}", flush=True)

@@ -256,13 +256,13 @@ def text_loss(
     targets = [token for text, prompt in samples for token in text[prompt:]]
     return model.token_losses(ids, torch.zeros(0, 1, 1), torch.tensor(where), torch.tensor(targets)).mean()
 
-# %% ../nbs/05a_pretrain.ipynb #15599537
+# %% ../nbs/05a_pretrain.ipynb #1705fac8
 def stage0_texts(
     model: LlavaTA,  # whose tokenizer is used
     reports: dict[str, str],  # study -> report
     samples: pd.DataFrame,  # study, topic, sentence of the training split
     chance: np.random.Generator,  # draws topics and prompts
-    each: int = 4,  # topic sentences for each study
+    each: int = 2,  # topic sentences for each study
 ) -> list[tuple[list[int], int]]:  # shuffled by length in coarse groups
     "One epoch of stage 0: every report, and a few topic sentences of every study."
     texts = [text_sample(model, "narrative", report) for report in reports.values()]

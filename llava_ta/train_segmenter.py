@@ -349,7 +349,7 @@ def dice(
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
 
-# %% ../nbs/03a_train_segmenter.ipynb #1f24b2f9
+# %% ../nbs/03a_train_segmenter.ipynb #37ab3077
 def evaluate_masks(
     segmenter: Segmenter,  # any
     folder: Path | str = "",  # holds index.csv, images/ and masks/<stem>__<name>.png; empty: $LLAVA_TA_MASKS_DIR
@@ -361,7 +361,7 @@ def evaluate_masks(
     heart and mediastinum. A film without either mask is left out. Raises FileNotFoundError without an index.csv."""
     folder, rows = Path(folder or os.environ.get("LLAVA_TA_MASKS_DIR", "")), []
     if not (folder / "index.csv").is_file():
-        raise FileNotFoundError(f"{folder / 'index.csv'} does not exist; name a folder of masks, or set $LLAVA_TA_MASKS_DIR")
+        raise FileNotFoundError(f"{folder / 'index.csv'} does not exist; name a folder, or set $LLAVA_TA_MASKS_DIR")
     index = pd.read_csv(folder / "index.csv")
     for image, view in progress(list(zip(index["image"], index["view"], strict=True)), "measuring"):
         names = {name: folder / f"masks/{Path(image).stem}__{name}.png" for name in (
