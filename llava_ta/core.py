@@ -11,7 +11,7 @@ __all__ = ['Mode', 'PROFILES', 'STEPS', 'STUDIES', 'RATES', 'HOW', 'atomic_path'
            'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'outside_inputs', 'progress',
            'seed_everything', 'Preflight', 'preflight', 'commit', 'Run', 'run_pipeline']
 
-# %% ../nbs/00_core.ipynb #ad8c19c1
+# %% ../nbs/00_core.ipynb #95119847
 import ast
 import hashlib
 import importlib
@@ -25,12 +25,13 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Literal
+from typing import Any, Literal
 
 import yaml
 from filelock import FileLock, Timeout
@@ -198,7 +199,7 @@ class StageSettings(Section):
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)  # of AdamW
 
-# %% ../nbs/00_core.ipynb #b59fca62
+# %% ../nbs/00_core.ipynb #0128e8fd
 Mode = Literal["narrative", "topic", "anatomy"]  # LLaVA-Rad, LLaVA-T, LLaVA-TA
 class TrainSettings(Section):
     "Stage 1 (projector) and stage 2 (projector with LoRA, or everything but the tower)."
@@ -206,7 +207,9 @@ class TrainSettings(Section):
     modes: list[Mode] = Field(["narrative", "topic", "anatomy"], min_length=1)  # systems to train
     seeds: list[int] = Field([0], min_length=1)  # repeats
     tune: Literal["lora", "full"] = "lora"  # what stage 2 trains beside the projector
-    negatives: int = Field(4, ge=0)  # "unmentioned" sentences drawn for each study in each epoch, if there are any
+    sampling: Literal["all", "balanced"] = "all"  # all: the paper's; balanced: as many absent as present sentences, topic by topic
+    negatives: int = Field(4, ge=0)  # sampling all: "unmentioned" sentences drawn for each study in each epoch, if there are any
+    projector_init: Literal["random", "data"] = "random"  # data: start from standardised features at the scale of word vectors
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model
     stage1: StageSettings  # projector only
     stage2: StageSettings  # see `tune`
@@ -501,8 +504,8 @@ def source_digest(
             body[0].value = ast.Constant("")
     return digest(ast.dump(tree))
 
-# %% ../nbs/00_core.ipynb #4981ae5e
-@lru_cache(maxsize=None)
+# %% ../nbs/00_core.ipynb #d1d5d17c
+@cache
 def module_digest(
     module: str,  # a module of this package, e.g. "mapping"
 ) -> str:  # 16 hexadecimal digits
@@ -512,8 +515,8 @@ def module_digest(
         raise ValueError(f"module llava_ta.{module} does not exist; run nbdev_export")
     return source_digest(Path(spec.origin).read_text(encoding="utf-8"))
 
-# %% ../nbs/00_core.ipynb #b97d9027
-@lru_cache(maxsize=None)
+# %% ../nbs/00_core.ipynb #9169a6c6
+@cache
 def path_digest(
     path: Path,  # a file, or a folder of films
 ) -> str:  # 16 hexadecimal digits; "absent" if there is no such path
@@ -743,7 +746,7 @@ def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
     _publish(private, final)
     return read_json(final / "record.json")
 
-# %% ../nbs/00_core.ipynb #5a494aea
+# %% ../nbs/00_core.ipynb #84b4ff4c
 def _make(
     self: Run,
     step: str,  # a key of `STEPS`
@@ -754,7 +757,7 @@ def _make(
     todo = self.stale(wanted)
     if not todo:
         self.say(f"{wanted.folder}: unchanged")
-    elif any(absent := preflight(self.profile).absent):
+    elif preflight(self.profile).absent:
         raise FileNotFoundError("\n".join(["this profile cannot run yet:", str(preflight(self.profile))]))
     for artefact in todo:
         lock = self.dir / ".locks" / (artefact.folder.replace("/", "_") + ".lock")

@@ -518,7 +518,7 @@ def _store_films(studies: pd.DataFrame, data: DataSettings, out: Path) -> dict[s
     films.flush()
     return {"films read": len(studies)}
 
-# %% ../nbs/01_data.ipynb #37f57351
+# %% ../nbs/01_data.ipynb #4e8b0019
 def make_data(
     run: Run,  # whose profile names source, texts, numbers and size
     out: Path,  # folder to write into
@@ -528,10 +528,7 @@ def make_data(
     Raises FileNotFoundError listing absent files and the release that brings each, ValueError for a broken table."""
     data = run.profile.data
     studies, findings = studies_of(data)
-    if findings is None:
-        counts = _store_films(studies, data, out)
-    else:
-        counts = _store_phantoms(studies, findings, data, out)
+    counts = _store_films(studies, data, out) if findings is None else _store_phantoms(studies, findings, data, out)
     write_table(out / "studies.parquet", studies)
     resize = "drawn at this size" if data.source == "phantom" else data.resize
     per_split = {split: int((studies["split"] == split).sum()) for split in SPLITS}

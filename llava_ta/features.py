@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['image_names', 'store_bytes', 'film_features', 'FeatureStore', 'final_tower', 'tower_weights', 'make_features']
 
-# %% ../nbs/05b_features.ipynb #b72883e6
+# %% ../nbs/05b_features.ipynb #63c7ac5c
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file

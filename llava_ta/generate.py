@@ -6,17 +6,17 @@
 __all__ = ['Prompt', 'study_prompts', 'decode', 'answer', 'FilmFeatures', 'film_rows', 'make_generate', 'TopicFinding',
            'Reporter', 'load', 'concatenate']
 
-# %% ../nbs/06a_generate.ipynb #c089ddd3
+# %% ../nbs/06a_generate.ipynb #78ad9bba
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .core import Run, all_variants, progress, write_table
+from .core import Run, progress, write_table
 from .data import fit_film, read_film
 from .features import FeatureStore, film_features, image_names
 from .model import LlavaTA

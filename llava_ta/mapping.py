@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['union_mask', 'segmented_image', 'unmentioned_topics', 'unmentioned_sentence', 'sample_table', 'make_mapping']
 
-# %% ../nbs/04_mapping.ipynb #44842d0b
+# %% ../nbs/04_mapping.ipynb #12d4e4e5
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import binary_dilation, distance_transform_edt
+from scipy.ndimage import distance_transform_edt
 
 from .core import Run, write_table
 from .ontology import ASKED, REGIONS, TOPICS, region_set

@@ -8,10 +8,11 @@ __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMP
            'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'hidden_states', 'token_losses', 'add_lora',
            'set_trainable', 'save_pretrained', 'from_pretrained', 'from_profile']
 
-# %% ../nbs/05_model.ipynb #328a9123
+# %% ../nbs/05_model.ipynb #7cc4b635
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any
 
 import timm
 import torch

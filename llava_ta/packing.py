@@ -6,9 +6,9 @@
 __all__ = ['Step', 'Sample', 'make_sample', 'Node', 'build_tree', 'Row', 'write_row', 'visible', 'Batch', 'collate', 'pack',
            'batch_losses']
 
-# %% ../nbs/05c_packing.ipynb #4d86a301
+# %% ../nbs/05c_packing.ipynb #522156f5
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Callable, Iterable, Sequence
 
 import torch
 

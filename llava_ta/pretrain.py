@@ -7,11 +7,11 @@ __all__ = ['NOTHING', 'learning_rate', 'Resume', 'optimise', 'captions', 'draw_p
            'contrastive_losses', 'training_images', 'make_tower', 'text_sample', 'text_loss', 'stage0_texts',
            'stage0_losses', 'make_lm', 'language_model_folder']
 
-# %% ../nbs/05a_pretrain.ipynb #e024c388
+# %% ../nbs/05a_pretrain.ipynb #462726f4
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
