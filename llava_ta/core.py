@@ -199,17 +199,24 @@ class StageSettings(Section):
     warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
     weight_decay: float = Field(0.0, ge=0)  # of AdamW
 
-# %% ../nbs/00_core.ipynb #0128e8fd
+# %% ../nbs/00_core.ipynb #c4e7621b
 Mode = Literal["narrative", "topic", "anatomy"]  # LLaVA-Rad, LLaVA-T, LLaVA-TA
+
 class TrainSettings(Section):
     "Stage 1 (projector) and stage 2 (projector with LoRA, or everything but the tower)."
 
     modes: list[Mode] = Field(["narrative", "topic", "anatomy"], min_length=1)  # systems to train
     seeds: list[int] = Field([0], min_length=1)  # repeats
     tune: Literal["lora", "full"] = "lora"  # what stage 2 trains beside the projector
-    sampling: Literal["all", "balanced"] = "all"  # all: the paper's; balanced: as many absent as present sentences, topic by topic
-    negatives: int = Field(4, ge=0)  # sampling all: "unmentioned" sentences drawn for each study in each epoch, if there are any
-    projector_init: Literal["random", "data"] = "random"  # data: start from standardised features at the scale of word vectors
+    sampling: Literal["all", "balanced"] = (
+        "all"  # all: the paper's; balanced: as many absent as present sentences, topic by topic
+    )
+    negatives: int = Field(
+        4, ge=0
+    )  # sampling all: "unmentioned" sentences drawn for each study in each epoch, if there are any
+    projector_init: Literal["random", "data"] = (
+        "random"  # data: start from standardised features at the scale of word vectors
+    )
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model
     stage1: StageSettings  # projector only
     stage2: StageSettings  # see `tune`
@@ -265,24 +272,46 @@ class Profile(Section):
                 raise ValueError(why)
         return self
 
-# %% ../nbs/00_core.ipynb #43e3915b
+# %% ../nbs/00_core.ipynb #436906fd
 def impossible(
     profile: Profile,  # a profile whose fields are well typed
 ) -> list[tuple[bool, str]]:  # (is it so, why it cannot work)
     "The combinations of settings that no run could satisfy."
     data, lm, tower, phantom = profile.data, profile.lm, profile.tower, profile.data.source == "phantom"
     return [
-        (profile.segment.name == "truth" and not phantom,
-         "segment.name: 'truth' knows phantoms only; with real films use 'offline' or 'cxas'"),
-        (phantom and data.texts == "source", "data.texts: phantom films have no 'source' texts; use 'phantom' or 'openi'"),
-        (not phantom and data.texts != "source", f"data.texts: {data.source} films bring their own reports; use 'source'"),
+        (
+            profile.segment.name == "truth" and not phantom,
+            "segment.name: 'truth' knows phantoms only; with real films use 'offline' or 'cxas'",
+        ),
+        (
+            phantom and data.texts == "source",
+            "data.texts: phantom films have no 'source' texts; use 'phantom' or 'openi'",
+        ),
+        (
+            not phantom and data.texts != "source",
+            f"data.texts: {data.source} films bring their own reports; use 'source'",
+        ),
         (lm.hidden % lm.heads != 0, f"lm.hidden: {lm.hidden} is not a multiple of lm.heads {lm.heads}"),
-        ((lm.hidden // lm.heads) % 2 != 0, f"lm.heads: {lm.hidden // lm.heads} dimensions a head; rotary needs an even number"),
-        (bool(lm.checkpoint) == (lm.pretrain is not None), "lm: give either lm.checkpoint or lm.pretrain, not both or none"),
-        (bool(tower.checkpoint) == (tower.pretrain is not None),
-         "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
-        (profile.segment.name == "chestx-det", "segment.name: 'chestx-det' is not part of this release; use 'offline' or 'cxas'"),
-        (profile.decompose.name != "rules", f"decompose.name: '{profile.decompose.name}' is not part of this release; use 'rules'"),
+        (
+            (lm.hidden // lm.heads) % 2 != 0,
+            f"lm.heads: {lm.hidden // lm.heads} dimensions a head; rotary needs an even number",
+        ),
+        (
+            bool(lm.checkpoint) == (lm.pretrain is not None),
+            "lm: give either lm.checkpoint or lm.pretrain, not both or none",
+        ),
+        (
+            bool(tower.checkpoint) == (tower.pretrain is not None),
+            "tower: give either tower.checkpoint or tower.pretrain, not both or none",
+        ),
+        (
+            profile.segment.name == "chestx-det",
+            "segment.name: 'chestx-det' is not part of this release; use 'offline' or 'cxas'",
+        ),
+        (
+            profile.decompose.name != "rules",
+            f"decompose.name: '{profile.decompose.name}' is not part of this release; use 'rules'",
+        ),
     ]
 
 # %% ../nbs/00_core.ipynb #914e4cb2
@@ -463,25 +492,66 @@ def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
     made = [ref(step) for step in ("data", "segment", "mapping", "evaluate", "attention", "bias")]
     return [*made, *trained, *all_variants("generate", profile)]
 
-# %% ../nbs/00_core.ipynb #1ca4a40f
+# %% ../nbs/00_core.ipynb #30e126bc
 STEPS: dict[str, Step] = {
     "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom",)),
     "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
-    "tower": Step("05a_pretrain", "pretrain.make_tower", _needs("data", "segment", "mapping"), ("tower", "mapping"), ("model", "mapping")),
+    "tower": Step(
+        "05a_pretrain",
+        "pretrain.make_tower",
+        _needs("data", "segment", "mapping"),
+        ("tower", "mapping"),
+        ("model", "mapping"),
+    ),
     "lm": Step("05a_pretrain", "pretrain.make_lm", _needs("data", "mapping"), ("lm",), ("model",)),
-    "features": Step("05b_features", "features.make_features", _needs("data", "segment", "mapping", "tower"),
-                     ("tower", "mapping"), ("model", "mapping")),
-    "train": Step("06_train", "train.make_train", _train_needs, ("lm", "lora", "train"), ("model", "packing"),
-                  keys=("mode", "stage", "seed"), parameters={"mode": "all", "stage": 2}),
-    "generate": Step("06a_generate", "generate.make_generate", _generate_needs, ("generate",), ("model", "packing"),
-                     keys=("mode", "stage", "seed", "film"), parameters={"mode": "all"}),
-    "evaluate": Step("07_evaluate", "evaluate.make_evaluate", _evaluate_needs, ("evaluate", "train", "generate"), ("metrics", "decompose")),
-    "attention": Step("08_attention", "attention.make_attention", _final(["anatomy"]), ("evaluate", "generate"),
-                      ("model", "packing", "generate", "metrics")),
-    "bias": Step("09_narrative_bias", "narrative_bias.make_bias", _final(["narrative", "anatomy"]), ("bias",),
-                 ("model", "packing", "generate", "metrics")),
+    "features": Step(
+        "05b_features",
+        "features.make_features",
+        _needs("data", "segment", "mapping", "tower"),
+        ("tower", "mapping"),
+        ("model", "mapping"),
+    ),
+    "train": Step(
+        "06_train",
+        "train.make_train",
+        _train_needs,
+        ("lm", "lora", "train"),
+        ("model", "packing"),
+        keys=("mode", "stage", "seed"),
+        parameters={"mode": "all", "stage": 2},
+    ),
+    "generate": Step(
+        "06a_generate",
+        "generate.make_generate",
+        _generate_needs,
+        ("generate",),
+        ("model", "packing"),
+        keys=("mode", "stage", "seed", "film"),
+        parameters={"mode": "all"},
+    ),
+    "evaluate": Step(
+        "07_evaluate",
+        "evaluate.make_evaluate",
+        _evaluate_needs,
+        ("evaluate", "train", "generate"),
+        ("metrics", "decompose"),
+    ),
+    "attention": Step(
+        "08_attention",
+        "attention.make_attention",
+        _final(["anatomy"]),
+        ("evaluate", "generate"),
+        ("model", "packing", "generate", "metrics"),
+    ),
+    "bias": Step(
+        "09_narrative_bias",
+        "narrative_bias.make_bias",
+        _final(["narrative", "anatomy"]),
+        ("bias",),
+        ("model", "packing", "generate", "metrics"),
+    ),
     "report": Step("11_reproduce", "reproduce.make_report", _report_needs, ("evaluate",), ()),
 }
 
@@ -492,7 +562,7 @@ def digest(
     "A short hash of a value, independent of the order of keys."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #19a99dd8
+# %% ../nbs/00_core.ipynb #0220a932
 def source_digest(
     source: str,  # Python source
 ) -> str:  # 16 hexadecimal digits
@@ -500,7 +570,12 @@ def source_digest(
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0].value = ast.Constant("")
     return digest(ast.dump(tree))
 
@@ -529,18 +604,18 @@ def path_digest(
         return digest([path.name, path.stat().st_size, path.stat().st_mtime_ns])
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #445ce32a
+# %% ../nbs/00_core.ipynb #d1e2f161
 def data_dir(
     data: DataSettings,  # whose source is not "phantom"
 ) -> Path:  # the folder of real films
-    "The folder of real films: `data.dir`, or the environment variable of its source; raises FileNotFoundError if unset."
+    "The folder of real films: `data.dir`, or the environment variable of its source; FileNotFoundError if unset."
     variable = f"LLAVA_TA_{data.source.upper()}_DIR"
     place = data.dir or os.environ.get(variable, "")
     if not place:
         raise FileNotFoundError(f"data.source '{data.source}' needs a folder of films: set data.dir or ${variable}")
     return Path(place).absolute()
 
-# %% ../nbs/00_core.ipynb #72a328cb
+# %% ../nbs/00_core.ipynb #e972e501
 def outside_inputs(
     step: str,  # a key of `STEPS`
     profile: Profile,  # which may name files
@@ -548,10 +623,14 @@ def outside_inputs(
     "What a step reads from outside the run."
     package = Path(str(importlib.resources.files("llava_ta")))
     if step == "data":
-        manifest = [root() / "data_manifests" / "openi.csv"] if "openi" in (profile.data.source, profile.data.texts) else []
+        manifest = (
+            [root() / "data_manifests" / "openi.csv"] if "openi" in (profile.data.source, profile.data.texts) else []
+        )
         return manifest + ([data_dir(profile.data)] if profile.data.source != "phantom" else [])
     if step == "segment" and profile.segment.name == "offline":
-        return [Path(profile.segment.weights) if profile.segment.weights else package / "weights" / "offline.safetensors"]
+        return [
+            Path(profile.segment.weights) if profile.segment.weights else package / "weights" / "offline.safetensors"
+        ]
     named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint}
     extra = {"mapping": [package / "ontology.yaml"], "decompose": sorted(package.glob("lexicon.yaml"))}
     return extra.get(step, []) + ([Path(named[step])] if named.get(step) else [])
@@ -578,8 +657,12 @@ def seed_everything(
                 module = getattr(module, part)
             module(seed % 2**32)
 
-# %% ../nbs/00_core.ipynb #9ec78318
-STUDIES = {"phantom": (1000, 300), "openi": (2784, 292), "mimic": (237_073, 2_461)}  # train, scored: where a profile says null
+# %% ../nbs/00_core.ipynb #a8145b2f
+STUDIES = {
+    "phantom": (1000, 300),
+    "openi": (2784, 292),
+    "mimic": (237_073, 2_461),
+}  # train, scored: where a profile says null
 RATES = {"cpu": 4e10, "gpu": 3e14}  # FLOP/s assumed: two laptop cores in fp32, one H100 in bf16 at 30 % use
 HOW = {
     "data.dir openi": "frontal films as index.csv and frontal/*.jpg; set OPENI_DIR or $LLAVA_TA_OPENI_DIR",
@@ -590,7 +673,7 @@ HOW = {
     "offline weights": "made by nbs/03a_train_segmenter.ipynb; part of the package",
 }
 
-# %% ../nbs/00_core.ipynb #00c43c3a
+# %% ../nbs/00_core.ipynb #7e3f6658
 @dataclass(frozen=True)
 class Preflight:
     "What a profile needs before it can run."
@@ -602,17 +685,27 @@ class Preflight:
     device: str  # "cpu" or "gpu"
 
     def __str__(self) -> str:
-        lines = [f"absent: {key} = {path or '(not set)'}\n        {how}" for key, path, how in self.absent] or ["all files are present"]
+        lines = [f"absent: {key} = {path or '(not set)'}\n        {how}" for key, path, how in self.absent] or [
+            "all files are present"
+        ]
         hours = f"{self.hours:.1f} h" if self.hours >= 1 else f"{self.hours * 60:.0f} min"
-        need = f"about {self.disk / 1e9:.1f} GB of disk, {self.memory / 1e9:.1f} GB of memory, {hours} of one {self.device}"
+        disk, memory = f"{self.disk / 1e9:.1f} GB of disk", f"{self.memory / 1e9:.1f} GB of memory"
+        need = f"about {disk}, {memory}, {hours} of one {self.device}"
         return "\n".join([*lines, f"needs:  {need} (estimates from the profile)"])
 
-# %% ../nbs/00_core.ipynb #951c978b
+# %% ../nbs/00_core.ipynb #05886597
 def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
     "Files and folders that a profile names and that are not there."
-    named = [("tower.checkpoint", profile.tower.checkpoint), ("lm.checkpoint", profile.lm.checkpoint),
-             ("segment.weights", profile.segment.weights if profile.segment.name == "cxas" else "")]
-    wanted = [(key, path, HOW[key]) for key, path in named if path or (key == "segment.weights" and profile.segment.name == "cxas")]
+    named = [
+        ("tower.checkpoint", profile.tower.checkpoint),
+        ("lm.checkpoint", profile.lm.checkpoint),
+        ("segment.weights", profile.segment.weights if profile.segment.name == "cxas" else ""),
+    ]
+    wanted = [
+        (key, path, HOW[key])
+        for key, path in named
+        if path or (key == "segment.weights" and profile.segment.name == "cxas")
+    ]
     if profile.data.source != "phantom":
         variable = os.environ.get(f"LLAVA_TA_{profile.data.source.upper()}_DIR", "")
         wanted.append(("data.dir", profile.data.dir or variable, HOW[f"data.dir {profile.data.source}"]))
@@ -620,7 +713,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
         wanted.append(("offline weights", str(outside_inputs("segment", profile)[0]), HOW["offline weights"]))
     return tuple(row for row in wanted if not row[1] or not Path(row[1]).exists())
 
-# %% ../nbs/00_core.ipynb #9d8b92d7
+# %% ../nbs/00_core.ipynb #e6c64c19
 def preflight(
     profile: Profile,  # any
 ) -> Preflight:  # print it
@@ -631,7 +724,10 @@ def preflight(
     weights = lm.layers * (4 * lm.hidden**2 + 3 * lm.hidden * lm.intermediate) + 2 * lm.vocab * lm.hidden
     patches = (tower.image_size // (14 if tower.channels == 3 else 32)) ** 2
     width = 4 if profile.train.dtype == "float32" else 2
-    tokens = sum({"narrative": patches + 100, "topic": patches + 600, "anatomy": 7 * patches + 600}[m] for m in profile.train.modes)
+    tokens = sum(
+        {"narrative": patches + 100, "topic": patches + 600, "anatomy": 7 * patches + 600}[m]
+        for m in profile.train.modes
+    )
     epochs = profile.train.stage1.epochs + profile.train.stage2.epochs
     flops = train * tokens * epochs * 6 * weights * len(profile.train.seeds)
     device = "gpu" if weights > 1e9 else "cpu"
@@ -639,12 +735,14 @@ def preflight(
     memory = weights * width * 1.3 + profile.train.stage2.batch * 7 * patches * lm.hidden * lm.layers * 16 + 1.5e9
     return Preflight(_absent(profile), stored + weights * width, memory, flops / RATES[device] / 3600, device)
 
-# %% ../nbs/00_core.ipynb #d3e2fdac
+# %% ../nbs/00_core.ipynb #cf41d240
 @lru_cache(maxsize=1)
 def commit() -> str:  # the commit's hash, or "" outside a checkout
     "The commit of the project, for the record."
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root(), capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -662,7 +760,7 @@ def _publish(private: Path, final: Path) -> None:
     os.replace(private, final)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/00_core.ipynb #1b8240e5
+# %% ../nbs/00_core.ipynb #9ab7c8ed
 class Run:
     "A folder of artefacts made with one profile."
 
@@ -690,7 +788,9 @@ class Run:
         module = step.make.split(".")[0]
         return {
             "step": [artefact.folder, step.version],
-            "inputs": {need.folder: self.fingerprint(need) for need in step.needs(self.profile, dict(artefact.variant))},
+            "inputs": {
+                need.folder: self.fingerprint(need) for need in step.needs(self.profile, dict(artefact.variant))
+            },
             "settings": {section: _shapes(section, profile[section], artefact) for section in step.sections},
             "code": {name: module_digest(name) for name in (module, *step.modules)},
             "outside": [path_digest(path) for path in outside_inputs(artefact.step, self.profile)],
@@ -704,11 +804,13 @@ class Run:
     def stale(self, artefact: Ref) -> list[Ref]:
         "What has to be made for an artefact, in order, itself included; empty if all is fresh."
         order: list[Ref] = []
+
         def visit(node: Ref) -> None:
             for need in STEPS[node.step].needs(self.profile, dict(node.variant)):
                 visit(need)
             if node not in order and not self.is_fresh(node):
                 order.append(node)
+
         visit(artefact)
         return order
 
@@ -724,7 +826,7 @@ def _shapes(section: str, values: Any, artefact: Ref) -> Any:
         return {key: value for key, value in values.items() if key != "dir"}
     return values
 
-# %% ../nbs/00_core.ipynb #dcc118e0
+# %% ../nbs/00_core.ipynb #da408e79
 def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
     "Make one artefact whose needs are fresh, under its lock; returns its record."
     step, final = STEPS[artefact.step], self.folder(artefact)
@@ -739,9 +841,16 @@ def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
         started = time.time()
         seed_everything(dict(artefact.variant).get("seed", 0))
         metrics = make(self, private, **dict(artefact.variant))
-        record = {"artefact": artefact.folder, "fingerprint": self.fingerprint(artefact), "made_from": self._made_from(artefact),
-                  "profile": self.settings.name, "commit": commit(), "python": sys.version.split()[0],
-                  "seconds": round(time.time() - started, 2), "metrics": metrics or {}}
+        record = {
+            "artefact": artefact.folder,
+            "fingerprint": self.fingerprint(artefact),
+            "made_from": self._made_from(artefact),
+            "profile": self.settings.name,
+            "commit": commit(),
+            "python": sys.version.split()[0],
+            "seconds": round(time.time() - started, 2),
+            "metrics": metrics or {},
+        }
         write_json(private / "record.json", record)
     _publish(private, final)
     return read_json(final / "record.json")
@@ -817,7 +926,7 @@ def _record(
     return read_json(self.path(step, **variant) / "record.json")
 Run.record = _record
 
-# %% ../nbs/00_core.ipynb #a9ff8c8c
+# %% ../nbs/00_core.ipynb #980f35d1
 def run_pipeline(
     settings: Settings,  # from `check_params`
     step: str = "report",  # what shall be up to date at the end
@@ -825,6 +934,7 @@ def run_pipeline(
 ) -> list[str]:  # notebooks that were run
     "Run every notebook whose artefacts are stale, in the table's order; raises what the failing notebook raised."
     import papermill
+
     run = Run(settings)
     if not (todo := run.stale(ref(step))):
         return []
@@ -837,7 +947,13 @@ def run_pipeline(
         (run.dir / "notebooks").mkdir(parents=True, exist_ok=True)
         own = next(row.parameters for row in STEPS.values() if row.notebook == name)
         parameters = {"profile": settings.name, "run": settings.run, "overrides": settings.overrides, **own}
-        papermill.execute_notebook(root() / "nbs" / f"{name}.ipynb", run.dir / "notebooks" / f"{name}.ipynb", parameters,
-                                   progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+        papermill.execute_notebook(
+            root() / "nbs" / f"{name}.ipynb",
+            run.dir / "notebooks" / f"{name}.ipynb",
+            parameters,
+            progress_bar=False,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
         print(f"[{number}/{len(notebooks)}] {name}: {time.time() - started:.0f} s", flush=True)
     return notebooks

@@ -486,20 +486,32 @@ def studies_of(
         studies = cut_valid(studies, data.valid_fraction, data.seed)
     return validate_studies(studies.assign(row=np.arange(len(studies))), data.source), findings
 
-# %% ../nbs/01_data.ipynb #d2f70d88
-def _store_phantoms(studies: pd.DataFrame, findings: list[list[Finding]], data: DataSettings, out: Path) -> dict[str, int]:
+# %% ../nbs/01_data.ipynb #5a1da252
+def _store_phantoms(
+    studies: pd.DataFrame, findings: list[list[Finding]], data: DataSettings, out: Path
+) -> dict[str, int]:
     "Draw all phantoms into `out`; return how many findings were drawn, and in how many studies."
     size = data.size
     films = new_tensor_file(out / "films.safetensors", "films", (len(studies), size, size))
     truth = new_tensor_file(out / "truth.safetensors", "truth", (len(studies), len(REGIONS), -(-size * size // 8)))
-    jobs = [(shown, int(film.split(":")[1]), size, data.views) for film, shown in zip(studies["film"], findings, strict=True)]
+    jobs = [
+        (shown, int(film.split(":")[1]), size, data.views)
+        for film, shown in zip(studies["film"], findings, strict=True)
+    ]
     rows = []
     for row, (film, regions, masks) in enumerate(each(draw_study, jobs, "drawing films")):
         films[row], truth[row] = film, regions
         study = studies["study"].iloc[row]
         rows += [
-            {"study": study, "kind": one.kind, "topic": one.topic, "site": one.site, "side": one.side,
-             "severity": one.severity, "mask": mask}
+            {
+                "study": study,
+                "kind": one.kind,
+                "topic": one.topic,
+                "site": one.site,
+                "side": one.side,
+                "severity": one.severity,
+                "mask": mask,
+            }
             for one, mask in zip(findings[row], masks, strict=True)
         ]
     films.flush()

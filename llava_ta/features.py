@@ -79,18 +79,22 @@ class FeatureStore:
         found = [self.black if row is None else self.get(row, name) for row, name in images]
         return torch.stack(found) if found else self.black[None][:0]
 
-# %% ../nbs/05b_features.ipynb #f1779702
+# %% ../nbs/05b_features.ipynb #2f158eec
 def _part(run: Run, tower: VisionTower, names: list[str], rows: range) -> torch.Tensor:
     "Features of a stretch of films."
     films, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
-    return film_features(tower, [films[row] for row in rows], [masks[row] for row in rows], names, run.profile.mapping.dilate)
+    return film_features(
+        tower, [films[row] for row in rows], [masks[row] for row in rows], names, run.profile.mapping.dilate
+    )
 
-# %% ../nbs/05b_features.ipynb #bb263ae9
+# %% ../nbs/05b_features.ipynb #0d6035ce
 def final_tower(
     run: Run,  # whose tower step is done
 ) -> VisionTower:  # frozen, in evaluation mode
     "The tower that all later steps use: the published one, or the one pretrained in this run."
-    return load_tower_weights(VisionTower(run.profile.tower), tower_weights(run.profile, run)).eval().requires_grad_(False)
+    return (
+        load_tower_weights(VisionTower(run.profile.tower), tower_weights(run.profile, run)).eval().requires_grad_(False)
+    )
 
 # %% ../nbs/05b_features.ipynb #965606b8
 def tower_weights(
@@ -100,7 +104,7 @@ def tower_weights(
     "The file of the tower's weights."
     return Path(profile.tower.checkpoint) if profile.tower.checkpoint else run.path("tower") / "tower.safetensors"
 
-# %% ../nbs/05b_features.ipynb #cbe0f186
+# %% ../nbs/05b_features.ipynb #2bca93c5
 def make_features(
     run: Run,  # whose films, masks and tower are used
     out: Path,  # folder to write into
@@ -119,7 +123,15 @@ def make_features(
     joined = torch.cat([safe_open(str(path), "pt").get_tensor("features") for path in paths])
     with torch.inference_mode():
         black = tower(torch.zeros(1, tower.settings.image_size, tower.settings.image_size))[0]
-    save_file({"features": joined, "black": black.half()}, out / "features.safetensors", metadata={"names": ",".join(names)})
+    save_file(
+        {"features": joined, "black": black.half()}, out / "features.safetensors", metadata={"names": ",".join(names)}
+    )
     for path in paths:
         path.unlink()
-    return {"films": films, "images": len(names), "tokens": joined.shape[2], "width": joined.shape[3], "megabytes": round(size / 1e6, 1)}
+    return {
+        "films": films,
+        "images": len(names),
+        "tokens": joined.shape[2],
+        "width": joined.shape[3],
+        "megabytes": round(size / 1e6, 1),
+    }

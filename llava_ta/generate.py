@@ -34,7 +34,7 @@ class Prompt:
     row: int | None  # in the feature store; None for the black film
     sample: Sample  # path of text and images
 
-# %% ../nbs/06a_generate.ipynb #9b10e32a
+# %% ../nbs/06a_generate.ipynb #fd9ff645
 def study_prompts(
     model: LlavaTA,  # whose mode and template are used
     study: str,  # name
@@ -45,10 +45,17 @@ def study_prompts(
     config = model.config
     if config.mode == "narrative":
         return [Prompt(study, "", row, make_sample("narrative", template=config.template))]
-    return [Prompt(study, topic, row, make_sample(config.mode, topic=topic, regions=region_set(topic, config.preset), template=config.template))
-            for topic in topics]
+    return [
+        Prompt(
+            study,
+            topic,
+            row,
+            make_sample(config.mode, topic=topic, regions=region_set(topic, config.preset), template=config.template),
+        )
+        for topic in topics
+    ]
 
-# %% ../nbs/06a_generate.ipynb #a3e4718d
+# %% ../nbs/06a_generate.ipynb #7d0dfc43
 @torch.inference_mode()
 def decode(
     model: LlavaTA,  # in evaluation mode
@@ -63,9 +70,23 @@ def decode(
     seen = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows])
     images = features.stack((prompt.row, name) for prompt, row in zip(prompts, rows) for name in row.images)
     eos, pad = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
-    out = model.llama.generate(inputs_embeds=model.embed(ids, images), attention_mask=seen, max_new_tokens=tokens, do_sample=False,
-                               eos_token_id=eos, pad_token_id=pad, output_logits=True, return_dict_in_generate=True)
-    chosen = torch.stack([logits.float().log_softmax(-1).gather(1, out.sequences[:, [step]])[:, 0] for step, logits in enumerate(out.logits)], 1)
+    out = model.llama.generate(
+        inputs_embeds=model.embed(ids, images),
+        attention_mask=seen,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    chosen = torch.stack(
+        [
+            logits.float().log_softmax(-1).gather(1, out.sequences[:, [step]])[:, 0]
+            for step, logits in enumerate(out.logits)
+        ],
+        1,
+    )
     ended = (out.sequences == eos).long().cumsum(1)
     counted = (ended == 0) | ((out.sequences == eos) & (ended == 1))
     scores = ((chosen * counted).sum(1) / counted.sum(1).clamp(min=1)).exp()
@@ -122,7 +143,7 @@ def film_rows(
     other[order] = order[np.arange(1, len(rows) + 1) % len(rows)]
     return [rows[number] for number in other]
 
-# %% ../nbs/06a_generate.ipynb #39cf6eef
+# %% ../nbs/06a_generate.ipynb #2ce973ed
 def make_generate(
     run: Run,  # whose checkpoint and features are used
     out: Path,  # folder to write into
@@ -140,8 +161,12 @@ def make_generate(
     tokens = settings.report_tokens if mode == "narrative" else settings.topic_tokens
     said = answer(model, prompts, FeatureStore(run.path("features")), tokens, settings.batch, f"{mode}, {film} film")
     write_table(out / "predictions.parquet", said.assign(mode=mode, stage=stage, seed=seed, film=film))
-    return {"studies": len(studies), "sentences": len(said), "sentences_a_second": round(len(said) / (time.time() - started), 1),
-            "distinct": int(said.sentence.nunique())}
+    return {
+        "studies": len(studies),
+        "sentences": len(said),
+        "sentences_a_second": round(len(said) / (time.time() - started), 1),
+        "distinct": int(said.sentence.nunique()),
+    }
 
 # %% ../nbs/06a_generate.ipynb #ea4c4f2a
 @dataclass(frozen=True)
@@ -153,7 +178,7 @@ class TopicFinding:
     score: float  # probability of the sentence's tokens, geometric mean, in (0, 1]
     sentence: str  # what the model says
 
-# %% ../nbs/06a_generate.ipynb #059cb8c4
+# %% ../nbs/06a_generate.ipynb #a685af73
 class Reporter:
     "A checkpoint with its segmenter, ready for films."
 
@@ -183,8 +208,13 @@ class Reporter:
         prompts = study_prompts(self.model, "film", 0, topics)
         length = tokens * 4 if self.model.config.mode == "narrative" else tokens
         said = answer(self.model, prompts, self.features(film), length)
-        looks = {"anatomy": lambda topic: region_set(topic, self.model.config.preset)}.get(self.model.config.mode, lambda topic: "all")
-        return [TopicFinding(row.topic, looks(row.topic) if row.topic else "all", row.score, row.sentence) for row in said.itertuples()]
+        looks = {"anatomy": lambda topic: region_set(topic, self.model.config.preset)}.get(
+            self.model.config.mode, lambda topic: "all"
+        )
+        return [
+            TopicFinding(row.topic, looks(row.topic) if row.topic else "all", row.score, row.sentence)
+            for row in said.itertuples()
+        ]
 
 # %% ../nbs/06a_generate.ipynb #cd67a293
 def load(

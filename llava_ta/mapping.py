@@ -66,7 +66,7 @@ def unmentioned_sentence(
     name = TOPICS[topic].name
     return f"{name.capitalize()} {'are' if name.endswith('devices') else 'is'} absent."
 
-# %% ../nbs/04_mapping.ipynb #dde34f3b
+# %% ../nbs/04_mapping.ipynb #1c684747
 def sample_table(
     studies: pd.DataFrame,  # study, row, split
     findings: pd.DataFrame,  # study, topic, polarity, sentence
@@ -77,16 +77,22 @@ def sample_table(
     said = findings[findings.topic.isin(ASKED)][["study", "topic", "polarity", "sentence"]].assign(origin="report")
     if unmentioned == "absent":
         mentioned = said.groupby("study").topic.agg(set).to_dict()
-        silent = [(study, topic, "absent", unmentioned_sentence(topic), "unmentioned")
-                  for study in studies.study for topic in unmentioned_topics(mentioned.get(study, set())) if study in mentioned]
+        silent = [
+            (study, topic, "absent", unmentioned_sentence(topic), "unmentioned")
+            for study in studies.study
+            for topic in unmentioned_topics(mentioned.get(study, set()))
+            if study in mentioned
+        ]
         said = pd.concat([said, pd.DataFrame(silent, columns=said.columns)], ignore_index=True)
     table = said.merge(studies[["study", "row", "split"]], on="study", how="inner", validate="many_to_one")
     table["region_set"] = table.topic.map({topic: region_set(topic, preset) for topic in ASKED})
     order = table.topic.map({topic: number for number, topic in enumerate(ASKED)})
     table = table.assign(order=order).sort_values(["row", "order"], kind="stable").drop(columns="order")
-    return table[["study", "row", "split", "topic", "polarity", "sentence", "region_set", "origin"]].reset_index(drop=True)
+    return table[["study", "row", "split", "topic", "polarity", "sentence", "region_set", "origin"]].reset_index(
+        drop=True
+    )
 
-# %% ../nbs/04_mapping.ipynb #c2c50711
+# %% ../nbs/04_mapping.ipynb #88cb4cf2
 def make_mapping(
     run: Run,  # whose studies, findings and masks are joined
     out: Path,  # folder to write into
@@ -97,11 +103,24 @@ def make_mapping(
     findings = pd.read_parquet(run.path("decompose") / "findings.parquet")
     samples = sample_table(studies, findings, settings.preset, settings.unmentioned)
     if samples.empty:
-        raise ValueError(f"{run.path('decompose')}/findings.parquet: no topic sentence belongs to a study of {run.path('data')}")
+        raise ValueError(
+            f"{run.path('decompose')}/findings.parquet: no topic sentence belongs to a study of {run.path('data')}"
+        )
     store = MaskStore(run.path("segment"))
     used = sorted(set(samples.region_set) - {"all"})
-    empty = [(row, name) for row in range(len(store)) for masks in [store[row]] for name in used if not union_mask(masks, name).any()]
+    empty = [
+        (row, name)
+        for row in range(len(store))
+        for masks in [store[row]]
+        for name in used
+        if not union_mask(masks, name).any()
+    ]
     write_table(out / "samples.parquet", samples)
     write_table(out / "fallbacks.parquet", pd.DataFrame(empty, columns=["row", "region_set"]))
-    return {"samples": len(samples), "unmentioned": int((samples.origin == "unmentioned").sum()), "region_sets": len(used),
-            "present_share": float((samples.polarity == "present").mean()), "empty_masks": len(empty)}
+    return {
+        "samples": len(samples),
+        "unmentioned": int((samples.origin == "unmentioned").sum()),
+        "region_sets": len(used),
+        "present_share": float((samples.polarity == "present").mean()),
+        "empty_masks": len(empty),
+    }

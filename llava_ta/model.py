@@ -8,7 +8,7 @@ __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMP
            'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'hidden_states', 'token_losses', 'add_lora',
            'set_trainable', 'save_pretrained', 'from_pretrained', 'from_profile']
 
-# %% ../nbs/05_model.ipynb #7cc4b635
+# %% ../nbs/05_model.ipynb #deb6ffa9
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,13 +21,20 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from transformers.utils import logging as transformers_logging
 
 from .core import LanguageSettings, LoraSettings, Profile, TowerSettings, read_json, write_json
 
-# %% ../nbs/05_model.ipynb #3c8568d2
+# %% ../nbs/05_model.ipynb #eb687277
 class VisionTower(nn.Module):
     """A frozen timm network: films in, one block's patch tokens out.
 
@@ -41,7 +48,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.settings = settings
         sized = {"img_size": settings.image_size} if "vit" in settings.name else {}
-        self.trunk = timm.create_model(settings.name, pretrained=False, num_classes=0, in_chans=settings.channels, **sized, **settings.args)
+        self.trunk = timm.create_model(
+            settings.name, pretrained=False, num_classes=0, in_chans=settings.channels, **sized, **settings.args
+        )
         self.trunk.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(settings.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(settings.std).view(1, -1, 1, 1), persistent=False)
@@ -56,8 +65,9 @@ class VisionTower(nn.Module):
 
     def grid(self, films: torch.Tensor) -> torch.Tensor:
         "The chosen block's output as a map: [B, H, W] -> [B, D, h, w]."
-        maps = self.trunk.forward_intermediates(self.prepare(films), indices=[self.settings.layer], norm=False,
-                                                output_fmt="NCHW", intermediates_only=True)
+        maps = self.trunk.forward_intermediates(
+            self.prepare(films), indices=[self.settings.layer], norm=False, output_fmt="NCHW", intermediates_only=True
+        )
         return maps[0]
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:
@@ -72,21 +82,26 @@ class VisionTower(nn.Module):
         self.train(training)
         return rows, columns, width
 
-# %% ../nbs/05_model.ipynb #9d0cca03
+# %% ../nbs/05_model.ipynb #08123d25
 def load_tower_weights(
     tower: VisionTower,  # its trunk is filled in place
     path: Path | str,  # .safetensors, or an open_clip .pt/.bin (read with weights_only=True)
 ) -> VisionTower:  # the same tower
     "Fill a tower from a checkpoint of this project or of open_clip; raises ValueError listing wrong keys."
     path = Path(path)
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    state = (
+        load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    )
     state = state.get("state_dict", state)
     found = {key.rpartition("trunk.")[2]: value for key, value in state.items() if "trunk." in key}
     wanted = tower.trunk.state_dict()
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     wrong = [key for key in set(wanted) & set(found) if wanted[key].shape != found[key].shape]
     if missing or unknown or wrong:
-        raise ValueError(f"{path}: missing {missing[:5]} ({len(missing)}), unknown {unknown[:5]} ({len(unknown)}), other shape {wrong[:5]}")
+        raise ValueError(
+            f"{path}: missing {missing[:5]} ({len(missing)}), unknown {unknown[:5]} ({len(unknown)}), "
+            f"other shape {wrong[:5]}"
+        )
     tower.trunk.load_state_dict(found)
     return tower
 
@@ -101,19 +116,23 @@ class Projector(nn.Sequential):
     ):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
 
-# %% ../nbs/05_model.ipynb #a2d5c7f1
+# %% ../nbs/05_model.ipynb #c632f4d0
 IMAGE = "<image>"
 # Vicuna v1 system text (FastChat/LLaVA conversation "v1"), on which Vicuna-7B-v1.5 and LLaVA-Rad were trained
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
 # LLaVA-Rad's instruction (its `mimic_train_findings` loader, without indication)
 NARRATIVE_PROMPT = f"{IMAGE}\nProvide a description of the findings in the radiology image."
 # LLaVA-TA's prompt as the paper gives it, and the same with one image for LLaVA-T
-ANATOMY_PROMPT = f"Given the image {IMAGE} and the segmented part {IMAGE}, describe the findings for the topic: {{topic}}."
+ANATOMY_PROMPT = (
+    f"Given the image {IMAGE} and the segmented part {IMAGE}, describe the findings for the topic: {{topic}}."
+)
 TOPIC_PROMPT = f"Given the image {IMAGE}, describe the findings for the topic: {{topic}}."
 PROMPTS = {"narrative": NARRATIVE_PROMPT, "topic": TOPIC_PROMPT, "anatomy": ANATOMY_PROMPT}
 
-# %% ../nbs/05_model.ipynb #92b37d3b
+# %% ../nbs/05_model.ipynb #af4fb70e
 def prompt_pieces(
     mode: str,  # narrative, topic or anatomy
     topic: str = "",  # a topic's id; not used by narrative
@@ -121,17 +140,19 @@ def prompt_pieces(
 ) -> list[str]:  # text pieces and `IMAGE`, in order
     """The prompt of one sample.
 
-    `plain` is what LLaVA's first stage uses: the human turn is thrown away and only the images stay, so that the projector
-    never sees which topic is meant. That this may explain the published collapse of LLaVA-T without fine-tuning is why the
-    template is a setting."""
+    `plain` is what LLaVA's first stage uses: the human turn is thrown away and only the images stay, so that the
+    projector never sees which topic is meant. That this may explain the published collapse of LLaVA-T without
+    fine-tuning is why the template is a setting."""
     human = PROMPTS[mode].format(topic=topic)
     if template == "plain":
         return [IMAGE] * human.count(IMAGE)
     text = f"{SYSTEM} USER: {human} ASSISTANT:"
     parts = text.split(IMAGE)
-    return [piece for number, part in enumerate(parts) for piece in ([IMAGE] if number else []) + ([part] if part else [])]
+    return [
+        piece for number, part in enumerate(parts) for piece in ([IMAGE] if number else []) + ([part] if part else [])
+    ]
 
-# %% ../nbs/05_model.ipynb #fb04f3fd
+# %% ../nbs/05_model.ipynb #22016214
 def train_tokenizer(
     texts: Iterable[str],  # training texts; the prompts are added
     vocab: int,  # largest number of tokens
@@ -140,24 +161,41 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     prompts = [SYSTEM, " USER: ASSISTANT:", *(prompt.replace(IMAGE, "") for prompt in PROMPTS.values())]
     tokenizer.train_from_iterator([*prompts * 50, *texts], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
 
-# %% ../nbs/05_model.ipynb #570c3699
+# %% ../nbs/05_model.ipynb #3bad7efb
 def small_llama(
     settings: LanguageSettings,  # sizes
     vocab: int,  # of the tokenizer
 ) -> LlamaForCausalLM:  # random weights
     "A Llama of the profile's sizes."
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab, hidden_size=settings.hidden, num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-        intermediate_size=settings.intermediate, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        attn_implementation="sdpa", tie_word_embeddings=False))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=settings.hidden,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            intermediate_size=settings.intermediate,
+            max_position_embeddings=4096,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            attn_implementation="sdpa",
+            tie_word_embeddings=False,
+        )
+    )
 
-# %% ../nbs/05_model.ipynb #81ef0331
+# %% ../nbs/05_model.ipynb #ecd62e09
 def load_language_model(
     path: Path | str,  # a folder of a Llama-family model with its tokenizer, or a hub name
     dtype: str = "float32",  # float32 or bfloat16
@@ -167,7 +205,9 @@ def load_language_model(
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa"), tokenizer
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    ), tokenizer
 
 # %% ../nbs/05_model.ipynb #263a2c35
 @dataclass(frozen=True)
@@ -222,7 +262,7 @@ class LlavaTA(nn.Module):
 # %% ../nbs/05_model.ipynb #a978b2f9
 IMAGE_TOKEN = -200  # LLaVA's IMAGE_TOKEN_INDEX
 
-# %% ../nbs/05_model.ipynb #2d1b6333
+# %% ../nbs/05_model.ipynb #66d8e46a
 def embed(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]; IMAGE_TOKEN where an image token goes
@@ -231,15 +271,18 @@ def embed(
     "Embed words and images; raises ValueError if the number of places and of image tokens differ."
     places = ids == IMAGE_TOKEN
     if int(places.sum()) != images.shape[0] * images.shape[1]:
-        raise ValueError(f"{int(places.sum())} places for image tokens, but {images.shape[0]} images of {images.shape[1]} tokens")
+        raise ValueError(
+            f"{int(places.sum())} places for image tokens, but {images.shape[0]} images of {images.shape[1]} tokens"
+        )
     words = self.llama.get_input_embeddings()(ids.masked_fill(places, 0))
     if not places.any():
         return words
     projected = self.projector(images.to(self.projector[0].weight.dtype)).flatten(0, 1).to(words.dtype)
     return words.masked_scatter(places[..., None], projected)
+
 LlavaTA.embed = embed
 
-# %% ../nbs/05_model.ipynb #8363503a
+# %% ../nbs/05_model.ipynb #9d540fdb
 def hidden_states(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]
@@ -252,7 +295,10 @@ def hidden_states(
     if mask is not None:
         additive = torch.zeros(mask.shape, dtype=embedded.dtype, device=embedded.device)
         mask = additive.masked_fill_(~mask, torch.finfo(embedded.dtype).min)[:, None]
-    return self.llama.model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+    return self.llama.model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+
 LlavaTA.hidden_states = hidden_states
 
 # %% ../nbs/05_model.ipynb #5c59bc17
@@ -275,17 +321,26 @@ LlavaTA.token_losses = token_losses
 # %% ../nbs/05_model.ipynb #2fbf93dc
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-# %% ../nbs/05_model.ipynb #a1f40e72
+# %% ../nbs/05_model.ipynb #b5413f8c
 def add_lora(
     model: LlavaTA,  # changed in place
     settings: LoraSettings,  # rank, alpha, dropout
 ) -> LlavaTA:  # the same model
     "Wrap the language model in a LoRA adapter (peft); its own weights are frozen."
-    model.lm = get_peft_model(model.lm, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-                                                   bias="none", target_modules=LORA_TARGETS, task_type="CAUSAL_LM"))
+    model.lm = get_peft_model(
+        model.lm,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            bias="none",
+            target_modules=LORA_TARGETS,
+            task_type="CAUSAL_LM",
+        ),
+    )
     return model
 
-# %% ../nbs/05_model.ipynb #59aff3e0
+# %% ../nbs/05_model.ipynb #6c7e3212
 def set_trainable(
     model: LlavaTA,  # changed in place
     what: str,  # projector (stage 1), lora (adapter and projector), or full (all but the tower)
@@ -295,10 +350,12 @@ def set_trainable(
         raise ValueError(f"what={what!r}: allowed are projector, lora, full")
     for name, weight in model.named_parameters():
         part = name.split(".")[0]
-        weight.requires_grad_(part == "projector" or (part == "lm" and (what == "full" or (what == "lora" and "lora_" in name))))
+        weight.requires_grad_(
+            part == "projector" or (part == "lm" and (what == "full" or (what == "lora" and "lora_" in name)))
+        )
     return [weight for weight in model.parameters() if weight.requires_grad]
 
-# %% ../nbs/05_model.ipynb #fc7c5521
+# %% ../nbs/05_model.ipynb #01370bf2
 def save_pretrained(
     self: LlavaTA,
     folder: Path | str,  # made if missing
@@ -307,15 +364,20 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", asdict(self.config))
-    save_file({f"trunk.{k}": v.contiguous() for k, v in self.tower.trunk.state_dict().items()}, folder / "tower.safetensors")
+    save_file(
+        {f"trunk.{k}": v.contiguous() for k, v in self.tower.trunk.state_dict().items()}, folder / "tower.safetensors"
+    )
     save_file({k: v.contiguous() for k, v in self.projector.state_dict().items()}, folder / "projector.safetensors")
     if isinstance(self.lm, PeftModel):
         self.lm.save_pretrained(folder / "adapter")
     if not self.config.lm_checkpoint:
-        base = {k.replace(".base_layer", ""): v.contiguous() for k, v in self.llama.state_dict().items() if "lora_" not in k}
+        base = {
+            k.replace(".base_layer", ""): v.contiguous() for k, v in self.llama.state_dict().items() if "lora_" not in k
+        }
         self.llama.config.save_pretrained(folder / "lm")
         save_file(base, folder / "lm" / "model.safetensors", metadata={"format": "pt"})
         self.tokenizer.save_pretrained(folder / "lm")
+
 LlavaTA.save_pretrained = save_pretrained
 
 # %% ../nbs/05_model.ipynb #3532f695
@@ -340,7 +402,7 @@ def from_pretrained(
     return model.eval()
 LlavaTA.from_pretrained = classmethod(from_pretrained)
 
-# %% ../nbs/05_model.ipynb #05c9827c
+# %% ../nbs/05_model.ipynb #88e294b0
 def from_profile(
     profile: Profile,  # sizes and wiring
     mode: str,  # narrative, topic or anatomy
@@ -349,9 +411,16 @@ def from_profile(
     template: str = "v1",  # of the prompts
 ) -> LlavaTA:  # with a new projector
     "Build a model for stage 1: a frozen tower, a language model, and a projector that has learned nothing yet."
-    config = LlavaConfig(mode=mode, template=template, preset=profile.mapping.preset, dilate=profile.mapping.dilate,
-                         segmenter="offline" if profile.segment.name == "truth" else profile.segment.name,
-                         resize=profile.data.resize, tower=profile.tower.model_dump(), lm_checkpoint=profile.lm.checkpoint)
+    config = LlavaConfig(
+        mode=mode,
+        template=template,
+        preset=profile.mapping.preset,
+        dilate=profile.mapping.dilate,
+        segmenter="offline" if profile.segment.name == "truth" else profile.segment.name,
+        resize=profile.data.resize,
+        tower=profile.tower.model_dump(),
+        lm_checkpoint=profile.lm.checkpoint,
+    )
     tower = load_tower_weights(VisionTower(profile.tower), tower_weights)
     lm, tokenizer = load_language_model(lm_folder, profile.train.dtype)
     return LlavaTA(config, tower, lm, tokenizer)

@@ -23,7 +23,7 @@ class Sample:
     path: tuple[Step, ...]  # from the root to the answer
     answer: str  # "" where only a prompt is wanted
 
-# %% ../nbs/05c_packing.ipynb #a9faac7d
+# %% ../nbs/05c_packing.ipynb #061af16f
 def make_sample(
     mode: str,  # narrative, topic or anatomy
     answer: str = "",  # the sentence, or the whole report for narrative
@@ -33,7 +33,9 @@ def make_sample(
 ) -> Sample:  # ready for `build_tree`
     "The path of a prompt through text and images."
     images = iter(["film", "film" if regions == "all" else regions])
-    path = tuple(("image", next(images)) if piece == IMAGE else ("text", piece) for piece in prompt_pieces(mode, topic, template))
+    path = tuple(
+        ("image", next(images)) if piece == IMAGE else ("text", piece) for piece in prompt_pieces(mode, topic, template)
+    )
     return Sample(path, answer)
 
 # %% ../nbs/05c_packing.ipynb #614263c3
@@ -80,10 +82,12 @@ class Row:
     last: list[int] = field(default_factory=list)  # of each node: place of its last token
     parents: list[int] = field(default_factory=list)  # of each node
 
-# %% ../nbs/05c_packing.ipynb #e6589f05
+# %% ../nbs/05c_packing.ipynb #38b070a3
 def _answer_ids(model: LlavaTA, text: str, template: str) -> list[int]:
     "v1 answers begin with a space and end with </s>; plain answers end with a line break (LLaVA's templates)."
-    return model.encode(text + "\n") if template == "plain" else [*model.encode(" " + text), model.tokenizer.eos_token_id]
+    return (
+        model.encode(text + "\n") if template == "plain" else [*model.encode(" " + text), model.tokenizer.eos_token_id]
+    )
 
 # %% ../nbs/05c_packing.ipynb #7250a70f
 def write_row(
@@ -138,7 +142,7 @@ class Batch:
     targets: torch.Tensor  # int64 [K]
     owners: torch.Tensor  # int64 [K, 2]: row of the batch, sample of that row
 
-# %% ../nbs/05c_packing.ipynb #47e56e89
+# %% ../nbs/05c_packing.ipynb #0841a9ae
 def collate(
     rows: Sequence[Row],  # one for each study
 ) -> Batch:  # ready for the model
@@ -154,8 +158,15 @@ def collate(
     where = [number * longest + place for number, row in enumerate(rows) for place in row.where]
     owners = [(number, owner) for number, row in enumerate(rows) for owner in row.owners]
     images = [(number, name) for number, row in enumerate(rows) for name in row.images]
-    return Batch(ids, positions, mask, images, torch.tensor(where, dtype=torch.long),
-                 torch.tensor([t for row in rows for t in row.targets], dtype=torch.long), torch.tensor(owners).reshape(-1, 2))
+    return Batch(
+        ids,
+        positions,
+        mask,
+        images,
+        torch.tensor(where, dtype=torch.long),
+        torch.tensor([t for row in rows for t in row.targets], dtype=torch.long),
+        torch.tensor(owners).reshape(-1, 2),
+    )
 
 # %% ../nbs/05c_packing.ipynb #bf54c8c8
 def pack(

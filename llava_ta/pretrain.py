@@ -40,7 +40,7 @@ def learning_rate(
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/05a_pretrain.ipynb #67cbf64e
+# %% ../nbs/05a_pretrain.ipynb #3fc4a79a
 class Resume:
     "What an interrupted training needs to go on."
 
@@ -71,13 +71,23 @@ class Resume:
         if self.path is None or not (now or time.time() - self.saved > self.every):
             return
         with atomic_path(self.path) as beside:
-            torch.save({"tensors": self.tensors, "optimiser": self.optimiser.state_dict(), "chance": torch.get_rng_state(), "losses": losses}, beside)
+            torch.save(
+                {
+                    "tensors": self.tensors,
+                    "optimiser": self.optimiser.state_dict(),
+                    "chance": torch.get_rng_state(),
+                    "losses": losses,
+                },
+                beside,
+            )
         self.saved = time.time()
 
-# %% ../nbs/05a_pretrain.ipynb #1815f2ca
+# %% ../nbs/05a_pretrain.ipynb #410e8c25
 def optimise(
     module: nn.Module,  # its weights that require gradients learn
-    losses: Iterator[Callable[[], torch.Tensor]],  # one closure a step, giving the loss; seeded, so that it can be replayed
+    losses: Iterator[
+        Callable[[], torch.Tensor]
+    ],  # one closure a step, giving the loss; seeded, so that it can be replayed
     steps: int,  # how many there are
     lr: float,  # peak learning rate
     desc: str,  # for the progress bar
@@ -120,24 +130,29 @@ def captions(
         found[str(name)] = group.groupby("row").sentence.agg(" ".join).to_dict()
     return found
 
-# %% ../nbs/05a_pretrain.ipynb #b2a6db36
+# %% ../nbs/05a_pretrain.ipynb #e78c840d
 NOTHING = "No finding."  # text of an image with nothing present
+
 def draw_pairs(
     found: dict[str, dict[int, str]],  # from `captions`
     rows: Sequence[int],  # all training films
     batch: int,  # pairs in a step
     chance: np.random.Generator,  # that draws
 ) -> tuple[str, list[tuple[int, str]]]:  # image name, and (film, text) pairs
-    "Draw a region set (the whole film half of the time), then films: up to three quarters with something present there."
+    "Draw a region set (half of the time the film), then films, up to three quarters with something present there."
     names = [name for name in found if name != "film" and len(found[name]) >= batch // 8] or ["film"]
     weights = np.sqrt([len(found[name]) for name in names])
     name = "film" if chance.random() < 0.5 else str(chance.choice(names, p=weights / weights.sum()))
     some, none = list(found[name]), [row for row in rows if row not in found[name]]
     taken = min(len(some), batch * 3 // 4 if none else batch)
-    chosen = [*chance.choice(some, taken, replace=False), *chance.choice(none, min(len(none), batch - taken), replace=False)] if none else some[:taken]
+    chosen = (
+        [*chance.choice(some, taken, replace=False), *chance.choice(none, min(len(none), batch - taken), replace=False)]
+        if none
+        else some[:taken]
+    )
     return name, [(int(row), found[name].get(int(row), NOTHING)) for row in chosen]
 
-# %% ../nbs/05a_pretrain.ipynb #f046e21c
+# %% ../nbs/05a_pretrain.ipynb #61891eca
 class ContrastivePair(nn.Module):
     "A tower with pooling, and a bag of words, brought to one space of unit vectors."
 
@@ -152,14 +167,24 @@ class ContrastivePair(nn.Module):
         features = tower.shape()[2]
         self.film = nn.Linear(2 * features, width)
         self.words = nn.EmbeddingBag(vocab, width, mode="mean")
-        self.text = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.text = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def forward(self, films: torch.Tensor, words: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, films: torch.Tensor, words: torch.Tensor, starts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Unit vectors of films [B, H, W] and of texts (flat ids and where each begins), and the scale."
         tokens = self.tower(films)  # [B, N, D]
-        pooled = torch.cat([tokens.mean(1), tokens.amax(1)], 1)  # a small lesion shows in the maximum, a large heart in the mean
-        return F.normalize(self.film(pooled), dim=1), F.normalize(self.text(self.words(words, starts)), dim=1), self.log_scale.exp().clamp(max=100)
+        pooled = torch.cat(
+            [tokens.mean(1), tokens.amax(1)], 1
+        )  # a small lesion shows in the maximum, a large heart in the mean
+        return (
+            F.normalize(self.film(pooled), dim=1),
+            F.normalize(self.text(self.words(words, starts)), dim=1),
+            self.log_scale.exp().clamp(max=100),
+        )
 
 # %% ../nbs/05a_pretrain.ipynb #9105703c
 def jitter(
@@ -211,12 +236,12 @@ def training_images(
         return film if name == "film" else segmented_image(film, masks[row], name, run.profile.mapping.dilate)[0]
     return image
 
-# %% ../nbs/05a_pretrain.ipynb #5f33c329
+# %% ../nbs/05a_pretrain.ipynb #065ea423
 def make_tower(
     run: Run,  # whose training films, masks and samples are used
     out: Path,  # folder to write into
 ) -> dict:  # numbers for the record
-    "Pretrain the profile's tower on the training split and write `tower.safetensors`; nothing to do for a published one."
+    "Pretrain the tower on the training split and write `tower.safetensors`; nothing to do for a published one."
     settings = run.profile.tower
     if settings.pretrain is None:
         return {"checkpoint": settings.checkpoint}
@@ -226,11 +251,22 @@ def make_tower(
     pair = ContrastivePair(VisionTower(settings), len(tokenizer), settings.pretrain.width).train()
     batch = min(settings.pretrain.batch, len(rows))
     steps = settings.pretrain.epochs * (len(rows) // batch)
-    losses = contrastive_losses(pair, training_images(run), found, rows, lambda text: tokenizer(text).input_ids, batch, steps)
-    curve = optimise(pair, losses, steps, settings.pretrain.lr, "tower", weight_decay=0.05, warmup=0.1, resume=out / "resume.pt")
-    save_file({f"trunk.{k}": v.contiguous() for k, v in pair.tower.trunk.state_dict().items()}, out / "tower.safetensors")
+    losses = contrastive_losses(
+        pair, training_images(run), found, rows, lambda text: tokenizer(text).input_ids, batch, steps
+    )
+    curve = optimise(
+        pair, losses, steps, settings.pretrain.lr, "tower", weight_decay=0.05, warmup=0.1, resume=out / "resume.pt"
+    )
+    save_file(
+        {f"trunk.{k}": v.contiguous() for k, v in pair.tower.trunk.state_dict().items()}, out / "tower.safetensors"
+    )
     write_table(out / "curve.parquet", curve)
-    return {"films": len(rows), "steps": steps, "first_loss": float(curve.loss[:5].mean()), "last_loss": float(curve.loss[-20:].mean())}
+    return {
+        "films": len(rows),
+        "steps": steps,
+        "first_loss": float(curve.loss[:5].mean()),
+        "last_loss": float(curve.loss[-20:].mean()),
+    }
 
 # %% ../nbs/05a_pretrain.ipynb #f86f227b
 def text_sample(
@@ -244,7 +280,7 @@ def text_sample(
     prompt = [model.tokenizer.bos_token_id, *(i for piece in pieces for i in model.encode(piece))]
     return [*prompt, *model.encode(" " + answer), model.tokenizer.eos_token_id], len(prompt)
 
-# %% ../nbs/05a_pretrain.ipynb #daa7707b
+# %% ../nbs/05a_pretrain.ipynb #ed323a48
 def text_loss(
     model: LlavaTA,  # only its language model is used
     samples: Sequence[tuple[list[int], int]],  # from `text_sample`
@@ -252,7 +288,11 @@ def text_loss(
     "Next-token cross-entropy of the answers of some texts, padded on the right."
     longest = max(len(ids) for ids, _ in samples)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in samples])
-    where = [number * longest + place for number, (text, prompt) in enumerate(samples) for place in range(prompt - 1, len(text) - 1)]
+    where = [
+        number * longest + place
+        for number, (text, prompt) in enumerate(samples)
+        for place in range(prompt - 1, len(text) - 1)
+    ]
     targets = [token for text, prompt in samples for token in text[prompt:]]
     return model.token_losses(ids, torch.zeros(0, 1, 1), torch.tensor(where), torch.tensor(targets)).mean()
 
@@ -285,12 +325,12 @@ def stage0_losses(
         for number in chance.permutation(len(batches)):
             yield lambda chosen=batches[number]: text_loss(model, chosen)
 
-# %% ../nbs/05a_pretrain.ipynb #14790bdb
+# %% ../nbs/05a_pretrain.ipynb #78aaabbd
 def make_lm(
     run: Run,  # whose training texts are used
     out: Path,  # folder to write into
 ) -> dict:  # numbers for the record
-    "Train the profile's small language model and its tokenizer on the training split's texts; nothing to do for a published one."
+    "Train the small language model and its tokenizer on the training texts; nothing to do for a published one."
     settings = run.profile.lm
     if settings.pretrain is None:
         return {"checkpoint": settings.checkpoint}
@@ -304,13 +344,25 @@ def make_lm(
     chance = np.random.default_rng(0)
     epochs = [stage0_texts(model, reports, samples, chance) for _ in progress(range(settings.pretrain.epochs), "texts")]
     steps = sum(math.ceil(len(texts) / settings.pretrain.batch) for texts in epochs)
-    curve = optimise(model.lm, stage0_losses(model, epochs, settings.pretrain.batch, chance), steps, settings.pretrain.lr,
-                     "language model", weight_decay=0.01, resume=out / "resume.pt")
+    curve = optimise(
+        model.lm,
+        stage0_losses(model, epochs, settings.pretrain.batch, chance),
+        steps,
+        settings.pretrain.lr,
+        "language model",
+        weight_decay=0.01,
+        resume=out / "resume.pt",
+    )
     model.llama.save_pretrained(out)
     tokenizer.save_pretrained(out)
     write_table(out / "curve.parquet", curve)
-    return {"texts": sum(map(len, epochs)), "steps": steps, "vocab": len(tokenizer),
-            "weights": sum(p.numel() for p in model.llama.parameters()), "last_loss": curve.loss[-20:].mean()}
+    return {
+        "texts": sum(map(len, epochs)),
+        "steps": steps,
+        "vocab": len(tokenizer),
+        "weights": sum(p.numel() for p in model.llama.parameters()),
+        "last_loss": curve.loss[-20:].mean(),
+    }
 
 # %% ../nbs/05a_pretrain.ipynb #83b241d8
 def language_model_folder(

@@ -22,7 +22,7 @@ from .model import LlavaTA, add_lora, from_profile, set_trainable
 from .packing import Batch, Sample, batch_losses, make_sample, pack
 from .pretrain import language_model_folder, optimise
 
-# %% ../nbs/06_train.ipynb #55f91246
+# %% ../nbs/06_train.ipynb #2a2557af
 def study_samples(
     mode: str,  # narrative, topic or anatomy
     rows: pd.DataFrame,  # samples of one study: topic, sentence, region_set, origin
@@ -43,7 +43,9 @@ def study_samples(
         sure = np.flatnonzero(rows.origin == "report")
         others, number = np.flatnonzero(rows.origin == "unmentioned"), settings.negatives
         weights = np.ones(len(others))
-    drawn = chance.choice(others, min(number, len(others)), replace=False, p=weights / weights.sum()) if len(others) else []
+    drawn = (
+        chance.choice(others, min(number, len(others)), replace=False, p=weights / weights.sum()) if len(others) else []
+    )
     chosen = rows.iloc[sorted([*sure, *drawn])]
     return [make_sample(mode, row.sentence, row.topic, row.region_set, template) for row in chosen.itertuples()]
 
@@ -67,7 +69,7 @@ class Studies:
     def __len__(self) -> int:
         return len(self.rows)
 
-# %% ../nbs/06_train.ipynb #ad272faf
+# %% ../nbs/06_train.ipynb #7511bb82
 def batch_of(
     model: LlavaTA,  # whose mode, template and tokenizer are used
     studies: Studies,  # a split
@@ -77,8 +79,12 @@ def batch_of(
 ) -> Batch:  # one row for each film
     "Pack some studies."
     config = model.config
-    packed = [study_samples(config.mode, studies.samples[row], studies.reports[row], config.template, settings, chance, studies.present)
-              for row in rows]
+    packed = [
+        study_samples(
+            config.mode, studies.samples[row], studies.reports[row], config.template, settings, chance, studies.present
+        )
+        for row in rows
+    ]
     return pack(model, packed, studies.features.tokens, config.template)
 
 # %% ../nbs/06_train.ipynb #87197b48
@@ -125,7 +131,7 @@ def standardise_projector(
     second.weight *= scale
     second.bias *= scale
 
-# %% ../nbs/06_train.ipynb #c86856c4
+# %% ../nbs/06_train.ipynb #74bf481b
 def starting_model(
     run: Run,  # whose tower, language model and (for stage 2) first stage are done
     mode: str,  # narrative, topic or anatomy
@@ -140,7 +146,9 @@ def starting_model(
         if profile.train.projector_init == "data":
             studies = Studies(run, "train")
             names = [name for name in studies.features.names if mode == "anatomy" or name == "film"]
-            standardise_projector(model, studies.features.stack((row, name) for row in studies.rows[::16] for name in names))
+            standardise_projector(
+                model, studies.features.stack((row, name) for row in studies.rows[::16] for name in names)
+            )
         set_trainable(model, "projector")
         return model.train()
     model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=1, seed=seed))
@@ -168,7 +176,7 @@ def held_out_loss(
         total, count = total + losses.sum().item(), count + len(losses)
     return total / max(count, 1)
 
-# %% ../nbs/06_train.ipynb #9744ae14
+# %% ../nbs/06_train.ipynb #5d020ce4
 def make_train(
     run: Run,  # whose features, samples and language model are used
     out: Path,  # folder to write into
@@ -183,10 +191,24 @@ def make_train(
     model, studies = starting_model(run, mode, stage, seed), Studies(run, "train")
     steps = stage_steps(len(studies), settings)
     losses = epoch_losses(model, studies, settings, profile.train, seed)
-    curve = optimise(model, losses, steps, settings.lr, f"{mode} stage {stage}", settings.weight_decay, settings.warmup, out / "resume.pt")
+    curve = optimise(
+        model,
+        losses,
+        steps,
+        settings.lr,
+        f"{mode} stage {stage}",
+        settings.weight_decay,
+        settings.warmup,
+        out / "resume.pt",
+    )
     model.eval().save_pretrained(out)
     write_table(out / "curve.parquet", curve)
     valid = Studies(run, "valid")
-    return {"studies": len(studies), "steps": steps, "trained_weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "loss": float(curve.loss[-20:].mean()), "valid_loss": held_out_loss(model, valid, profile.train),
-            "valid_loss_black": held_out_loss(model, valid, profile.train, black=True)}
+    return {
+        "studies": len(studies),
+        "steps": steps,
+        "trained_weights": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "loss": float(curve.loss[-20:].mean()),
+        "valid_loss": held_out_loss(model, valid, profile.train),
+        "valid_loss_black": held_out_loss(model, valid, profile.train, black=True),
+    }
