@@ -735,6 +735,12 @@ def preflight(
     memory = weights * width * 1.3 + profile.train.stage2.batch * 7 * patches * lm.hidden * lm.layers * 16 + 1.5e9
     return Preflight(_absent(profile), stored + weights * width, memory, flops / RATES[device] / 3600, device)
 
+# %% ../nbs/00_core.ipynb #15bf907d
+def _refuse_absent(profile: Profile) -> None:
+    "Raise FileNotFoundError with the whole preflight if a file that the profile names is not there."
+    if (checked := preflight(profile)).absent:
+        raise FileNotFoundError(f"this profile cannot run yet:\n{checked}")
+
 # %% ../nbs/00_core.ipynb #cf41d240
 @lru_cache(maxsize=1)
 def commit() -> str:  # the commit's hash, or "" outside a checkout
@@ -855,7 +861,7 @@ def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
     _publish(private, final)
     return read_json(final / "record.json")
 
-# %% ../nbs/00_core.ipynb #84b4ff4c
+# %% ../nbs/00_core.ipynb #8baff3ee
 def _make(
     self: Run,
     step: str,  # a key of `STEPS`
@@ -866,8 +872,8 @@ def _make(
     todo = self.stale(wanted)
     if not todo:
         self.say(f"{wanted.folder}: unchanged")
-    elif preflight(self.profile).absent:
-        raise FileNotFoundError("\n".join(["this profile cannot run yet:", str(preflight(self.profile))]))
+    else:
+        _refuse_absent(self.profile)
     for artefact in todo:
         lock = self.dir / ".locks" / (artefact.folder.replace("/", "_") + ".lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -926,7 +932,7 @@ def _record(
     return read_json(self.path(step, **variant) / "record.json")
 Run.record = _record
 
-# %% ../nbs/00_core.ipynb #980f35d1
+# %% ../nbs/00_core.ipynb #7b451435
 def run_pipeline(
     settings: Settings,  # from `check_params`
     step: str = "report",  # what shall be up to date at the end
@@ -938,8 +944,7 @@ def run_pipeline(
     run = Run(settings)
     if not (todo := run.stale(ref(step))):
         return []
-    if preflight(run.profile).absent:
-        raise FileNotFoundError(f"this profile cannot run yet:\n{preflight(run.profile)}")
+    _refuse_absent(run.profile)
     notebooks = sorted({STEPS[artefact.step].notebook for artefact in todo} - {but})  # numbers follow the flow of data
     for number, name in enumerate(notebooks, 1):
         started = time.time()

@@ -79,14 +79,6 @@ class FeatureStore:
         found = [self.black if row is None else self.get(row, name) for row, name in images]
         return torch.stack(found) if found else self.black[None][:0]
 
-# %% ../nbs/05b_features.ipynb #2f158eec
-def _part(run: Run, tower: VisionTower, names: list[str], rows: range) -> torch.Tensor:
-    "Features of a stretch of films."
-    films, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
-    return film_features(
-        tower, [films[row] for row in rows], [masks[row] for row in rows], names, run.profile.mapping.dilate
-    )
-
 # %% ../nbs/05b_features.ipynb #0d6035ce
 def final_tower(
     run: Run,  # whose tower step is done
@@ -104,20 +96,23 @@ def tower_weights(
     "The file of the tower's weights."
     return Path(profile.tower.checkpoint) if profile.tower.checkpoint else run.path("tower") / "tower.safetensors"
 
-# %% ../nbs/05b_features.ipynb #2bca93c5
+# %% ../nbs/05b_features.ipynb #48644b82
 def make_features(
     run: Run,  # whose films, masks and tower are used
     out: Path,  # folder to write into
 ) -> dict:  # numbers for the record
     "Write `features.safetensors`: `features` float16 [films, names, N, D], `black` [N, D]."
-    tower, names, films = final_tower(run), image_names(run.profile.mapping.preset), len(FilmStore(run.path("data")))
+    tower, names = final_tower(run), image_names(run.profile.mapping.preset)
+    store, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
+    films, dilate = len(store), run.profile.mapping.dilate
     size, step = store_bytes(films, run.profile.mapping.preset, tower.shape()), 64
     run.say(f"features: {films} films x {len(names)} images, {size / 1e6:.0f} MB")
     parts = [range(start, min(start + step, films)) for start in range(0, films, step)]
     for number, rows in enumerate(progress(parts, "features")):
         path = out / f"part{number:05d}.safetensors"
         if not path.exists():
-            save_file({"features": _part(run, tower, names, rows)}, path.with_suffix(".tmp"))
+            found = film_features(tower, [store[row] for row in rows], [masks[row] for row in rows], names, dilate)
+            save_file({"features": found}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
     paths = [out / f"part{number:05d}.safetensors" for number in range(len(parts))]
     joined = torch.cat([safe_open(str(path), "pt").get_tensor("features") for path in paths])
