@@ -8,7 +8,7 @@ __all__ = ['MOST', 'COLUMNS', 'plain_attention', 'attention_rows', 'aggregate', 
            'heat_film', 'jpeg_uri', 'Example', 'attention_figure', 'choose_examples', 'present_findings',
            'look_at_findings', 'make_attention']
 
-# %% ../nbs/08_attention.ipynb #36587be6
+# %% ../nbs/08_attention.ipynb #32763e06
 import base64
 import html
 import io
@@ -27,7 +27,7 @@ from PIL import Image
 from plotly.subplots import make_subplots
 from scipy.ndimage import binary_dilation
 
-from .core import Profile, Run, progress, write_table
+from .core import Profile, Run, best_device, progress, write_table
 from .data import FilmStore, load_studies, seeded_order, unpack_masks
 from .decompose import RuleDecomposer
 from .features import FeatureStore
@@ -52,7 +52,7 @@ def plain_attention(
     finally:
         model.llama.set_attn_implementation(former)
 
-# %% ../nbs/08_attention.ipynb #3114a3a1
+# %% ../nbs/08_attention.ipynb #f30740e6
 @torch.inference_mode()
 def attention_rows(
     model: LlavaTA,  # in evaluation mode
@@ -64,7 +64,7 @@ def attention_rows(
     rows, places, kept = queries // batch.ids.shape[1], queries % batch.ids.shape[1], []
 
     def keep(module: torch.nn.Module, inputs: tuple, output: tuple) -> None:
-        kept.append(output[1][rows, :, places].float())  # [B, H, L, L] -> [Q, H, L]
+        kept.append(output[1][rows, :, places].float().cpu())  # [B, H, L, L] -> [Q, H, L]
 
     hooks = [layer.self_attn.register_forward_hook(keep) for layer in model.llama.model.layers]
     try:
@@ -101,7 +101,7 @@ class Gaze:
         "Mean over the words: float32 [M, R, C]."
         return self.images.mean(axis=0)
 
-# %% ../nbs/08_attention.ipynb #e290e618
+# %% ../nbs/08_attention.ipynb #d1eef08b
 def look(
     model: LlavaTA,  # in evaluation mode
     prompts: Sequence[Prompt],  # from `study_prompts`
@@ -117,7 +117,7 @@ def look(
         shown, said = prompts[start:start + batch], sentences[start:start + batch]
         samples = [Sample(prompt.sample.path, text) for prompt, text in zip(shown, said, strict=True)]
         rows = [write_row(model, build_tree([sample]), features.tokens, model.config.template) for sample in samples]
-        packed = collate(rows)
+        packed = collate(rows, share=False)
         asked = [row.where[:-1] or [len(row.ids) - 1] for row in rows]  # all words; the end token is not one
         images = features.stack((shown[number].row, name) for number, name in packed.images)
         length = packed.ids.shape[1]
@@ -359,13 +359,14 @@ def present_findings(
     kept = set(seeded_order(names, seed=0)[:MOST])
     return cases[[name in kept for name in names]].reset_index(drop=True)
 
-# %% ../nbs/08_attention.ipynb #56fbae46
+# %% ../nbs/08_attention.ipynb #b91f8d5a
 def look_at_findings(
     run: Run,  # whose checkpoint and features are used
     cases: pd.DataFrame,  # from `present_findings`, not empty
 ) -> tuple[pd.DataFrame, list[Gaze], list[Gaze]]:  # cases with sentence and found; gazes; gazes with a black film
     "Let the model write each finding's sentence, then see where its words look, with the film and without."
     model = LlavaTA.from_pretrained(run.path("train", mode="anatomy", stage=2, seed=run.profile.train.seeds[0]))
+    model.to(best_device())
     features, settings = FeatureStore(run.path("features")), run.profile.generate
     prompts = [study_prompts(model, case.study, case.row, [case.topic])[0] for case in cases.itertuples()]
     said = answer(model, prompts, features, settings.topic_tokens, settings.batch, "sentences").sentence.tolist()

@@ -9,7 +9,7 @@ __all__ = ['Mode', 'PROFILES', 'STEPS', 'STUDIES', 'RATES', 'HOW', 'atomic_path'
            'TrainSettings', 'GenerateSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible',
            'parse_overrides', 'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants',
            'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'outside_inputs', 'progress',
-           'seed_everything', 'Preflight', 'preflight', 'commit', 'Run', 'run_pipeline']
+           'seed_everything', 'best_device', 'Preflight', 'preflight', 'commit', 'Run', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #95119847
 import ast
@@ -656,6 +656,13 @@ def seed_everything(
             for part in call.split("."):
                 module = getattr(module, part)
             module(seed % 2**32)
+
+# %% ../nbs/00_core.ipynb #7f0373e7
+def best_device() -> str:
+    "Where networks run: the first GPU if there is one, else the CPU. torch is imported only here."
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../nbs/00_core.ipynb #a8145b2f
 STUDIES = {

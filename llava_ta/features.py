@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['image_names', 'store_bytes', 'film_features', 'FeatureStore', 'final_tower', 'tower_weights', 'make_features']
 
-# %% ../nbs/05b_features.ipynb #63c7ac5c
+# %% ../nbs/05b_features.ipynb #ef240fcf
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .core import Profile, Run, progress
+from .core import Profile, Run, best_device, progress
 from .data import FilmStore
 from .mapping import segmented_image
 from .model import VisionTower, load_tower_weights
@@ -37,7 +37,7 @@ def store_bytes(
     "Size of the feature store, known before it is made."
     return films * len(image_names(preset)) * grid[0] * grid[1] * grid[2] * 2
 
-# %% ../nbs/05b_features.ipynb #5a45eef3
+# %% ../nbs/05b_features.ipynb #b8c2ce67
 @torch.inference_mode()
 def film_features(
     tower: VisionTower,  # frozen, in evaluation mode
@@ -50,7 +50,7 @@ def film_features(
     images = [film if name == "film" else segmented_image(film, mask, name, dilate)[0]
               for film, mask in zip(films, masks, strict=True) for name in names]
     tokens = tower(torch.from_numpy(np.stack(images)))
-    return tokens.unflatten(0, (len(films), len(names))).half()
+    return tokens.unflatten(0, (len(films), len(names))).half().cpu()
 
 # %% ../nbs/05b_features.ipynb #600bc7bc
 class FeatureStore:
@@ -79,14 +79,13 @@ class FeatureStore:
         found = [self.black if row is None else self.get(row, name) for row, name in images]
         return torch.stack(found) if found else self.black[None][:0]
 
-# %% ../nbs/05b_features.ipynb #0d6035ce
+# %% ../nbs/05b_features.ipynb #55c248d9
 def final_tower(
     run: Run,  # whose tower step is done
 ) -> VisionTower:  # frozen, in evaluation mode
     "The tower that all later steps use: the published one, or the one pretrained in this run."
-    return (
-        load_tower_weights(VisionTower(run.profile.tower), tower_weights(run.profile, run)).eval().requires_grad_(False)
-    )
+    tower = load_tower_weights(VisionTower(run.profile.tower), tower_weights(run.profile, run))
+    return tower.eval().requires_grad_(False).to(best_device())
 
 # %% ../nbs/05b_features.ipynb #965606b8
 def tower_weights(
@@ -96,7 +95,7 @@ def tower_weights(
     "The file of the tower's weights."
     return Path(profile.tower.checkpoint) if profile.tower.checkpoint else run.path("tower") / "tower.safetensors"
 
-# %% ../nbs/05b_features.ipynb #48644b82
+# %% ../nbs/05b_features.ipynb #fd7675bc
 def make_features(
     run: Run,  # whose films, masks and tower are used
     out: Path,  # folder to write into
@@ -117,7 +116,7 @@ def make_features(
     paths = [out / f"part{number:05d}.safetensors" for number in range(len(parts))]
     joined = torch.cat([safe_open(str(path), "pt").get_tensor("features") for path in paths])
     with torch.inference_mode():
-        black = tower(torch.zeros(1, tower.settings.image_size, tower.settings.image_size))[0]
+        black = tower(torch.zeros(1, tower.settings.image_size, tower.settings.image_size))[0].cpu()
     save_file(
         {"features": joined, "black": black.half()}, out / "features.safetensors", metadata={"names": ",".join(names)}
     )

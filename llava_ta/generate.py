@@ -6,7 +6,7 @@
 __all__ = ['Prompt', 'study_prompts', 'decode', 'answer', 'FilmFeatures', 'film_rows', 'make_generate', 'TopicFinding',
            'Reporter', 'load', 'concatenate']
 
-# %% ../nbs/06a_generate.ipynb #78ad9bba
+# %% ../nbs/06a_generate.ipynb #d6e77dd7
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import Run, progress, write_table
+from .core import Run, best_device, progress, write_table
 from .data import fit_film, read_film
 from .features import FeatureStore, film_features, image_names
 from .model import LlavaTA
@@ -55,7 +55,7 @@ def study_prompts(
         for topic in topics
     ]
 
-# %% ../nbs/06a_generate.ipynb #7d0dfc43
+# %% ../nbs/06a_generate.ipynb #040de17c
 @torch.inference_mode()
 def decode(
     model: LlavaTA,  # in evaluation mode
@@ -67,7 +67,7 @@ def decode(
     rows = [write_row(model, build_tree([prompt.sample]), features.tokens) for prompt in prompts]
     longest = max(len(row.ids) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in rows])
-    seen = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows])
+    seen = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
     images = features.stack((prompt.row, name) for prompt, row in zip(prompts, rows) for name in row.images)
     eos, pad = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
     out = model.llama.generate(
@@ -93,7 +93,7 @@ def decode(
     texts = [model.tokenizer.decode(ids[keep & (ids != eos)]).strip() for ids, keep in zip(out.sequences, counted)]
     return list(zip(texts, scores.tolist()))
 
-# %% ../nbs/06a_generate.ipynb #c85fea38
+# %% ../nbs/06a_generate.ipynb #ffd88f5a
 def answer(
     model: LlavaTA,  # in evaluation mode
     prompts: Sequence[Prompt],  # any number
@@ -102,16 +102,19 @@ def answer(
     batch: int = 256,  # prompts decoded together
     desc: str = "generate",  # for the progress bar
 ) -> pd.DataFrame:  # study, topic, sentence, score; in the order of the prompts
-    "Answer all prompts, those of about equal length together."
-    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number].topic))
-    answers: dict[int, tuple[str, float]] = {}
+    "Answer all prompts, those of about equal length together; what all black films are asked is answered once."
+    different = {(prompt.row, prompt.sample.path): prompt for prompt in prompts}
+    order = sorted(different, key=lambda key: len(different[key].topic))
+    answers: dict[tuple, tuple[str, float]] = {}
     for start in progress(range(0, len(order), batch), desc):
         chosen = order[start:start + batch]
-        answers |= dict(zip(chosen, decode(model, [prompts[number] for number in chosen], features, tokens)))
-    return pd.DataFrame([(prompt.study, prompt.topic, *answers[number]) for number, prompt in enumerate(prompts)],
-                        columns=["study", "topic", "sentence", "score"])
+        answers |= dict(zip(chosen, decode(model, [different[key] for key in chosen], features, tokens)))
+    return pd.DataFrame(
+        [(prompt.study, prompt.topic, *answers[prompt.row, prompt.sample.path]) for prompt in prompts],
+        columns=["study", "topic", "sentence", "score"],
+    )
 
-# %% ../nbs/06a_generate.ipynb #0a232fcb
+# %% ../nbs/06a_generate.ipynb #0ccab9e8
 class FilmFeatures(FeatureStore):
     "The features of a single film, in memory, with the interface of the store."
 
@@ -126,7 +129,7 @@ class FilmFeatures(FeatureStore):
         self.names = {name: number for number, name in enumerate(names)}
         self.slice, self.films, self.tokens, self.width = found, 1, found.shape[2], found.shape[3]
         with torch.inference_mode():
-            self.black = model.tower(torch.zeros(1, *film.shape))[0]
+            self.black = model.tower(torch.zeros(1, *film.shape))[0].cpu()
 
 # %% ../nbs/06a_generate.ipynb #719c6d96
 def film_rows(
@@ -143,7 +146,7 @@ def film_rows(
     other[order] = order[np.arange(1, len(rows) + 1) % len(rows)]
     return [rows[number] for number in other]
 
-# %% ../nbs/06a_generate.ipynb #2ce973ed
+# %% ../nbs/06a_generate.ipynb #036df393
 def make_generate(
     run: Run,  # whose checkpoint and features are used
     out: Path,  # folder to write into
@@ -154,7 +157,7 @@ def make_generate(
 ) -> dict:  # numbers for the record
     "Write `predictions.parquet` for the val split: every topic asked, or one narrative report."
     settings, started = run.profile.generate, time.time()
-    model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=stage, seed=seed))
+    model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=stage, seed=seed)).to(best_device())
     studies = pd.read_parquet(run.path("data") / "studies.parquet").query("split == 'val'")
     shown = film_rows(studies.row.tolist(), film)
     prompts = [prompt for study, row in zip(studies.study, shown) for prompt in study_prompts(model, study, row)]
@@ -164,7 +167,7 @@ def make_generate(
     return {
         "studies": len(studies),
         "sentences": len(said),
-        "sentences_a_second": round(len(said) / (time.time() - started), 1),
+        "seconds": round(time.time() - started, 1),
         "distinct": int(said.sentence.nunique()),
     }
 
@@ -216,12 +219,12 @@ class Reporter:
             for row in said.itertuples()
         ]
 
-# %% ../nbs/06a_generate.ipynb #cd67a293
+# %% ../nbs/06a_generate.ipynb #7b75e0cb
 def load(
     folder: Path | str,  # a checkpoint, e.g. runs/demo/train/anatomy-stage2-seed0
 ) -> Reporter:  # call its `report`
     "Load a checkpoint for use on films; raises FileNotFoundError if `folder` is not one."
-    return Reporter(LlavaTA.from_pretrained(folder))
+    return Reporter(LlavaTA.from_pretrained(folder).to(best_device()))
 
 # %% ../nbs/06a_generate.ipynb #b3b40531
 def concatenate(

@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from .core import LanguageSettings, LoraSettings, Profile, TowerSettings, read_json, write_json
 
-# %% ../nbs/05_model.ipynb #eb687277
+# %% ../nbs/05_model.ipynb #94fa0daa
 class VisionTower(nn.Module):
     """A frozen timm network: films in, one block's patch tokens out.
 
@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
     def prepare(self, films: torch.Tensor) -> torch.Tensor:
         "Resize and normalise: [B, H, W] in [0, 1] -> [B, C, S, S]."
         size = self.settings.image_size
-        films = films[:, None]
+        films = films[:, None].to(self.mean.device)
         if films.shape[-1] != size or films.shape[-2] != size:
             films = F.interpolate(films, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         return ((films - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
@@ -224,7 +224,7 @@ class LlavaConfig:
     lm_checkpoint: str = ""  # a published language model is named, not copied
     schema: int = 1  # of this file
 
-# %% ../nbs/05_model.ipynb #3852fd2f
+# %% ../nbs/05_model.ipynb #c049230c
 class LlavaTA(nn.Module):
     "Vision tower (always frozen), projector, language model with or without LoRA, and tokenizer."
 
@@ -247,6 +247,11 @@ class LlavaTA(nn.Module):
         "The language model under its adapter, if it has one."
         return self.lm.get_base_model() if isinstance(self.lm, PeftModel) else self.lm
 
+    @property
+    def device(self) -> torch.device:
+        "Where the weights are; what a method is given is brought there."
+        return self.projector[0].weight.device
+
     def train(self, mode: bool = True) -> "LlavaTA":
         "As in torch, but the tower stays in evaluation mode."
         super().train(mode)
@@ -262,13 +267,14 @@ class LlavaTA(nn.Module):
 # %% ../nbs/05_model.ipynb #a978b2f9
 IMAGE_TOKEN = -200  # LLaVA's IMAGE_TOKEN_INDEX
 
-# %% ../nbs/05_model.ipynb #66d8e46a
+# %% ../nbs/05_model.ipynb #db1ae322
 def embed(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]; IMAGE_TOKEN where an image token goes
     images: torch.Tensor,  # visual features [M, N, D] of all images of the batch, in reading order
 ) -> torch.Tensor:  # [B, L, H]
     "Embed words and images; raises ValueError if the number of places and of image tokens differ."
+    ids = ids.to(self.device)
     places = ids == IMAGE_TOKEN
     if int(places.sum()) != images.shape[0] * images.shape[1]:
         raise ValueError(
@@ -277,12 +283,12 @@ def embed(
     words = self.llama.get_input_embeddings()(ids.masked_fill(places, 0))
     if not places.any():
         return words
-    projected = self.projector(images.to(self.projector[0].weight.dtype)).flatten(0, 1).to(words.dtype)
+    projected = self.projector(images.to(self.projector[0].weight)).flatten(0, 1).to(words.dtype)
     return words.masked_scatter(places[..., None], projected)
 
 LlavaTA.embed = embed
 
-# %% ../nbs/05_model.ipynb #9d540fdb
+# %% ../nbs/05_model.ipynb #7cf2d900
 def hidden_states(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]
@@ -294,14 +300,16 @@ def hidden_states(
     embedded = self.embed(ids, images)
     if mask is not None:
         additive = torch.zeros(mask.shape, dtype=embedded.dtype, device=embedded.device)
-        mask = additive.masked_fill_(~mask, torch.finfo(embedded.dtype).min)[:, None]
+        mask = additive.masked_fill_(~mask.to(self.device), torch.finfo(embedded.dtype).min)[:, None]
+    if positions is not None:
+        positions = positions.to(self.device)
     return self.llama.model(
         inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
 
 LlavaTA.hidden_states = hidden_states
 
-# %% ../nbs/05_model.ipynb #5c59bc17
+# %% ../nbs/05_model.ipynb #b1a021f3
 def token_losses(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]
@@ -314,8 +322,8 @@ def token_losses(
     "Next-token cross-entropy of each target; raises ValueError if there is none."
     if not len(where):
         raise ValueError("no supervised token in the batch: every answer is empty")
-    hidden = self.hidden_states(ids, images, positions, mask).flatten(0, 1)[where]
-    return F.cross_entropy(self.llama.lm_head(hidden).float(), targets, reduction="none")
+    hidden = self.hidden_states(ids, images, positions, mask).flatten(0, 1)[where.to(self.device)]
+    return F.cross_entropy(self.llama.lm_head(hidden).float(), targets.to(self.device), reduction="none")
 LlavaTA.token_losses = token_losses
 
 # %% ../nbs/05_model.ipynb #2fbf93dc

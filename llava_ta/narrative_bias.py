@@ -7,7 +7,7 @@ __all__ = ['HOVER', 'STYLE', 'token_sentences', 'answer_scores', 'narrative_samp
            'mean_interval', 'gain_fall', 'choose_reports', 'topic_samples', 'topic_rows', 'arm_films', 'bias_figure',
            'system_scores', 'bias_metrics', 'make_bias']
 
-# %% ../nbs/09_narrative_bias.ipynb #e9d20c3b
+# %% ../nbs/09_narrative_bias.ipynb #aaa1c2b4
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from .core import Run, progress, write_table
+from .core import Run, best_device, progress, write_table
 from .data import FilmStore, load_studies, seeded_order
 from .decompose import split_sentences
 from .features import FeatureStore
@@ -42,7 +42,7 @@ def token_sentences(
     sentences[ends >= len(text)] = -1
     return sentences if template == "plain" else np.append(sentences, -1)
 
-# %% ../nbs/09_narrative_bias.ipynb #6eedb742
+# %% ../nbs/09_narrative_bias.ipynb #33ad76ad
 @torch.inference_mode()
 def answer_scores(
     model: LlavaTA,  # in evaluation mode
@@ -60,7 +60,7 @@ def answer_scores(
         packed = pack(model, [studies[number] for number in chosen], features.tokens, model.config.template)
         places = [(films[chosen[row]], name) for row, name in packed.images]
         images = [film if torch.is_tensor(film) else features.stack([(film, name)])[0] for film, name in places]
-        found, owners = -batch_losses(model, packed, torch.stack(images)).numpy(), packed.owners.numpy()
+        found, owners = -batch_losses(model, packed, torch.stack(images)).cpu().numpy(), packed.owners.numpy()
         for row, number in enumerate(chosen):
             scores[number] = [found[(owners == (row, sample)).all(1)] for sample in range(len(studies[number]))]
     return [scores[number] for number in range(len(studies))]
@@ -170,7 +170,7 @@ def topic_rows(
     level = {"system": "anatomy", "tokens": len(words), "nats": float(words.mean())}
     return [{**level, "k": k} for k in range(1, most + 1)]
 
-# %% ../nbs/09_narrative_bias.ipynb #b3473558
+# %% ../nbs/09_narrative_bias.ipynb #7589a9c9
 @torch.inference_mode()
 def arm_films(
     model: LlavaTA,  # its tower sees the grey film
@@ -179,7 +179,7 @@ def arm_films(
 ) -> dict[str, list[int | None | torch.Tensor]]:  # arm -> what each study is shown, for `answer_scores`
     "The real film and its three stand-ins; a grey film is shown in place of I and of S alike."
     size = model.tower.settings.image_size
-    plain = model.tower(torch.full((1, size, size), grey))[0]
+    plain = model.tower(torch.full((1, size, size), grey))[0].cpu()
     arms = {name: film_rows(rows, name) for name in ("real", "black", "shuffled")}
     return arms | {"grey": [plain] * len(rows)}
 
@@ -213,7 +213,7 @@ def bias_figure(
     return figure.update_layout(template="plotly_white", height=400, legend=dict(orientation="h", y=-0.25),
                                 margin=dict(l=60, r=20, t=40, b=20))
 
-# %% ../nbs/09_narrative_bias.ipynb #4e405a16
+# %% ../nbs/09_narrative_bias.ipynb #f1d1711f
 def system_scores(
     run: Run,  # whose checkpoints, samples and features are used
     mode: str,  # narrative or anatomy
@@ -223,6 +223,7 @@ def system_scores(
 ) -> pd.DataFrame:  # study, patient, film, system, k, tokens, nats
     "Score one system on the fixed set with every film; a study without topic sentences is left out for anatomy."
     model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=2, seed=run.profile.train.seeds[0]))
+    model.to(best_device())
     template = model.config.template
     if mode == "narrative":
         asked = [narrative_samples(text, most, template) for text in reports.findings]

@@ -7,7 +7,7 @@ __all__ = ['NOTHING', 'learning_rate', 'Resume', 'optimise', 'captions', 'draw_p
            'contrastive_losses', 'training_images', 'make_tower', 'text_sample', 'text_loss', 'stage0_texts',
            'stage0_losses', 'make_lm', 'language_model_folder']
 
-# %% ../nbs/05a_pretrain.ipynb #462726f4
+# %% ../nbs/05a_pretrain.ipynb #0b3de4e1
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Run, atomic_path, progress, write_table
+from .core import Run, atomic_path, best_device, progress, write_table
 from .data import FilmStore, fit_film
 from .mapping import segmented_image
 from .model import IMAGE, LlavaConfig, LlavaTA, VisionTower, prompt_pieces, small_llama, train_tokenizer
@@ -40,7 +40,7 @@ def learning_rate(
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/05a_pretrain.ipynb #3fc4a79a
+# %% ../nbs/05a_pretrain.ipynb #114eadcf
 class Resume:
     "What an interrupted training needs to go on."
 
@@ -59,7 +59,7 @@ class Resume:
         "The losses so far; empty for a new training."
         if self.path is None or not self.path.exists():
             return []
-        state = torch.load(self.path, weights_only=True)
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
         for name, tensor in self.tensors.items():
             tensor.copy_(state["tensors"][name])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -152,7 +152,7 @@ def draw_pairs(
     )
     return name, [(int(row), found[name].get(int(row), NOTHING)) for row in chosen]
 
-# %% ../nbs/05a_pretrain.ipynb #61891eca
+# %% ../nbs/05a_pretrain.ipynb #0aa97bb0
 class ContrastivePair(nn.Module):
     "A tower with pooling, and a bag of words, brought to one space of unit vectors."
 
@@ -182,7 +182,7 @@ class ContrastivePair(nn.Module):
         )  # a small lesion shows in the maximum, a large heart in the mean
         return (
             F.normalize(self.film(pooled), dim=1),
-            F.normalize(self.text(self.words(words, starts)), dim=1),
+            F.normalize(self.text(self.words(words.to(tokens.device), starts.to(tokens.device))), dim=1),
             self.log_scale.exp().clamp(max=100),
         )
 
@@ -236,7 +236,7 @@ def training_images(
         return film if name == "film" else segmented_image(film, masks[row], name, run.profile.mapping.dilate)[0]
     return image
 
-# %% ../nbs/05a_pretrain.ipynb #065ea423
+# %% ../nbs/05a_pretrain.ipynb #290cb343
 def make_tower(
     run: Run,  # whose training films, masks and samples are used
     out: Path,  # folder to write into
@@ -248,7 +248,8 @@ def make_tower(
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("split == 'train'")
     found, rows = captions(samples), sorted(set(samples.row))
     tokenizer = train_tokenizer([NOTHING, *found["film"].values()], run.profile.lm.vocab)
-    pair = ContrastivePair(VisionTower(settings), len(tokenizer), settings.pretrain.width).train()
+    pair = ContrastivePair(VisionTower(settings), len(tokenizer), settings.pretrain.width).to(best_device())
+    pair.train()
     batch = min(settings.pretrain.batch, len(rows))
     steps = settings.pretrain.epochs * (len(rows) // batch)
     losses = contrastive_losses(
@@ -325,7 +326,7 @@ def stage0_losses(
         for number in chance.permutation(len(batches)):
             yield lambda chosen=batches[number]: text_loss(model, chosen)
 
-# %% ../nbs/05a_pretrain.ipynb #78aaabbd
+# %% ../nbs/05a_pretrain.ipynb #be9b1926
 def make_lm(
     run: Run,  # whose training texts are used
     out: Path,  # folder to write into
@@ -340,7 +341,8 @@ def make_lm(
     tokenizer = train_tokenizer([*reports.values(), *samples.sentence, *samples.topic], settings.vocab)
     tower = VisionTower(run.profile.tower)
     config = LlavaConfig("narrative", "v1", "paper", 0.0, "offline", "squash")
-    model = LlavaTA(config, tower, small_llama(settings, len(tokenizer)), tokenizer).train()
+    model = LlavaTA(config, tower, small_llama(settings, len(tokenizer)), tokenizer)
+    model.to(best_device()).train()
     chance = np.random.default_rng(0)
     epochs = [stage0_texts(model, reports, samples, chance) for _ in progress(range(settings.pretrain.epochs), "texts")]
     steps = sum(math.ceil(len(texts) / settings.pretrain.batch) for texts in epochs)

@@ -9,7 +9,7 @@ __all__ = ['STATUSES', 'REGION_COLOURS', 'ISLAND', 'PLAUSIBLE', 'OFFLINE_WEIGHTS
            'OfflineSegmenter', 'load_checked', 'cxas_input', 'group_cxas', 'CxasSegmenter', 'get_segmenter',
            'MaskStore', 'store_masks', 'make_segment']
 
-# %% ../nbs/03_segment.ipynb #e36e8bbf
+# %% ../nbs/03_segment.ipynb #e804cf8d
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from safetensors.torch import save_file as save_tensors
 from scipy import ndimage
 from torch import nn
 
-from .core import Run, progress, read_json, write_json, write_table
+from .core import Run, best_device, progress, read_json, write_json, write_table
 from .data import FilmStore, new_tensor_file, pack_masks, unpack_masks
 from .ontology import REGIONS
 
@@ -442,7 +442,7 @@ class CxasSegmenter:
             found.append(RegionMasks(resize_masks(whole.masks, shape), whole.status, self.convention))
         return found
 
-# %% ../nbs/03_segment.ipynb #acc6a386
+# %% ../nbs/03_segment.ipynb #889e17e8
 SEGMENTERS: dict[str, Callable[..., Segmenter]] = {"offline": OfflineSegmenter, "cxas": CxasSegmenter}
 
 
@@ -461,7 +461,7 @@ def get_segmenter(
     if name not in SEGMENTERS:
         known = ", ".join(("truth", *SEGMENTERS))
         raise ValueError(f"segmenter '{name}' is not part of this release; there are: {known}")
-    return SEGMENTERS[name](weights, size, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return SEGMENTERS[name](weights, size, device or best_device())
 
 # %% ../nbs/03_segment.ipynb #e5d5a60b
 class MaskStore:
