@@ -144,7 +144,7 @@ def fit_rows(
         used[line] += lengths[number]
     return places
 
-# %% ../nbs/05c_packing.ipynb #1f04e464
+# %% ../nbs/05c_packing.ipynb #96fbe30c
 @dataclass
 class Batch:
     "The rows of several studies in lines, padded on the right."
@@ -152,12 +152,13 @@ class Batch:
     ids: torch.Tensor  # int64 [B, L]: B lines
     positions: torch.Tensor  # int64 [B, L]
     mask: torch.Tensor  # bool [B, L, L]
-    images: list[tuple[int, str]]  # (study of the batch, name), line by line
+    images: list[tuple[int, str]]  # (study of the batch, name), by study
+    reading: torch.Tensor  # int64 [M]: the same images line by line
     where: torch.Tensor  # int64 [K] in the flattened [B * L]; by study, then by sample
     targets: torch.Tensor  # int64 [K]
     owners: torch.Tensor  # int64 [K, 2]: study of the batch, sample of that study
 
-# %% ../nbs/05c_packing.ipynb #c0fe09b5
+# %% ../nbs/05c_packing.ipynb #439cf4b3
 def collate(
     rows: Sequence[Row],  # one for each study
     share: bool = True,  # whether studies may share a line
@@ -175,12 +176,14 @@ def collate(
         mask[line, here, here] = visible(row)
     where = [line * longest + start + place for row, (line, start) in zip(rows, places) for place in row.where]
     owners = [(number, owner) for number, row in enumerate(rows) for owner in row.owners]
-    reading = sorted(range(len(rows)), key=lambda number: places[number])
+    images = [(number, name) for number, row in enumerate(rows) for name in row.images]
+    reading = sorted(range(len(images)), key=lambda image: (places[images[image][0]], image))
     return Batch(
         ids,
         positions,
         mask,
-        [(number, name) for number in reading for name in rows[number].images],
+        images,
+        torch.tensor(reading),
         torch.tensor(where, dtype=torch.long),
         torch.tensor([t for row in rows for t in row.targets], dtype=torch.long),
         torch.tensor(owners).reshape(-1, 2),
@@ -196,11 +199,11 @@ def pack(
     "Trees, rows, batch."
     return collate([write_row(model, build_tree(samples), image_tokens, template) for samples in studies])
 
-# %% ../nbs/05c_packing.ipynb #8554230f
+# %% ../nbs/05c_packing.ipynb #ef7d9e18
 def batch_losses(
     model: LlavaTA,  # in training or evaluation mode
     batch: Batch,  # from `pack`
     images: torch.Tensor,  # visual features [len(batch.images), N, D]
 ) -> torch.Tensor:  # float [K], one for each target
     "The cross-entropy of each answer token of a batch."
-    return model.token_losses(batch.ids, images, batch.where, batch.targets, batch.positions, batch.mask)
+    return model.token_losses(batch.ids, images[batch.reading], batch.where, batch.targets, batch.positions, batch.mask)
