@@ -657,8 +657,8 @@ def seed_everything(
                 module = getattr(module, part)
             module(seed % 2**32)
 
-# %% ../nbs/00_core.ipynb #7f0373e7
-def best_device() -> str:
+# %% ../nbs/00_core.ipynb #9b47fff0
+def best_device() -> str:  # "cuda" or "cpu"
     "Where networks run: the first GPU if there is one, else the CPU. torch is imported only here."
     import torch
 

@@ -267,7 +267,7 @@ class LlavaTA(nn.Module):
 # %% ../nbs/05_model.ipynb #a978b2f9
 IMAGE_TOKEN = -200  # LLaVA's IMAGE_TOKEN_INDEX
 
-# %% ../nbs/05_model.ipynb #db1ae322
+# %% ../nbs/05_model.ipynb #9c1fc8d4
 def embed(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]; IMAGE_TOKEN where an image token goes
@@ -277,9 +277,7 @@ def embed(
     ids = ids.to(self.device)
     places = ids == IMAGE_TOKEN
     if int(places.sum()) != images.shape[0] * images.shape[1]:
-        raise ValueError(
-            f"{int(places.sum())} places for image tokens, but {images.shape[0]} images of {images.shape[1]} tokens"
-        )
+        raise ValueError(f"{int(places.sum())} places for image tokens, but features of shape {tuple(images.shape)}")
     words = self.llama.get_input_embeddings()(ids.masked_fill(places, 0))
     if not places.any():
         return words
