@@ -21,21 +21,23 @@ from .model import VisionTower, load_tower_weights
 from .ontology import ASKED, region_set
 from .segment import MaskStore
 
-# %% ../nbs/05b_features.ipynb #de1447d3
+# %% ../nbs/05b_features.ipynb #1c1a6b42
 def image_names(
     preset: str,  # of the lookup table
-) -> list[str]:  # "film", then region sets
+    modes: Iterable[str] = ("anatomy",),  # systems that will read them
+) -> list[str]:  # "film", then region sets if a system looks at segmented images
     "The names under which a film's features are stored."
-    return ["film", *sorted({region_set(topic, preset) for topic in ASKED} - {"all"})]
+    regions = {region_set(topic, preset) for topic in ASKED} - {"all"} if "anatomy" in modes else ()
+    return ["film", *sorted(regions)]
 
-# %% ../nbs/05b_features.ipynb #4d2e9ba6
+# %% ../nbs/05b_features.ipynb #c472cd49
 def store_bytes(
     films: int,  # how many
-    preset: str,  # of the lookup table
+    images: int,  # of a film, see `image_names`
     grid: tuple[int, int, int],  # rows, columns and width of the tower's tokens
 ) -> int:  # bytes in float16
     "Size of the feature store, known before it is made."
-    return films * len(image_names(preset)) * grid[0] * grid[1] * grid[2] * 2
+    return films * images * grid[0] * grid[1] * grid[2] * 2
 
 # %% ../nbs/05b_features.ipynb #b8c2ce67
 @torch.inference_mode()
@@ -95,16 +97,16 @@ def tower_weights(
     "The file of the tower's weights."
     return Path(profile.tower.checkpoint) if profile.tower.checkpoint else run.path("tower") / "tower.safetensors"
 
-# %% ../nbs/05b_features.ipynb #fd7675bc
+# %% ../nbs/05b_features.ipynb #ea5b324e
 def make_features(
     run: Run,  # whose films, masks and tower are used
     out: Path,  # folder to write into
 ) -> dict:  # numbers for the record
     "Write `features.safetensors`: `features` float16 [films, names, N, D], `black` [N, D]."
-    tower, names = final_tower(run), image_names(run.profile.mapping.preset)
+    tower, names = final_tower(run), image_names(run.profile.mapping.preset, run.profile.train.modes)
     store, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
     films, dilate = len(store), run.profile.mapping.dilate
-    size, step = store_bytes(films, run.profile.mapping.preset, tower.shape()), 64
+    size, step = store_bytes(films, len(names), tower.shape()), 64
     run.say(f"features: {films} films x {len(names)} images, {size / 1e6:.0f} MB")
     parts = [range(start, min(start + step, films)) for start in range(0, films, step)]
     for number, rows in enumerate(progress(parts, "features")):

@@ -6,7 +6,7 @@
 __all__ = ['Prompt', 'study_prompts', 'decode', 'answer', 'FilmFeatures', 'film_rows', 'make_generate', 'TopicFinding',
            'Reporter', 'load', 'concatenate']
 
-# %% ../nbs/06a_generate.ipynb #d6e77dd7
+# %% ../nbs/06a_generate.ipynb #1aa160b2
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ import torch
 from .core import Run, best_device, progress, write_table
 from .data import fit_film, read_film
 from .features import FeatureStore, film_features, image_names
+from .mapping import union_mask
 from .model import LlavaTA
 from .ontology import ASKED, region_set
 from .packing import Sample, build_tree, make_sample, write_row
-from .segment import get_segmenter
+from .segment import check_films, get_segmenter
 
 # %% ../nbs/06a_generate.ipynb #b7e034d8
 @dataclass(frozen=True)
@@ -114,9 +115,9 @@ def answer(
         columns=["study", "topic", "sentence", "score"],
     )
 
-# %% ../nbs/06a_generate.ipynb #0ccab9e8
+# %% ../nbs/06a_generate.ipynb #7b7fb0b8
 class FilmFeatures(FeatureStore):
-    "The features of a single film, in memory, with the interface of the store."
+    "The features of a single film, in memory, with the interface of the store; `empty` names regions not found in it."
 
     def __init__(
         self,
@@ -124,7 +125,8 @@ class FilmFeatures(FeatureStore):
         film: np.ndarray,  # float32 [S, S] in [0, 1], square
         masks: np.ndarray,  # bool [7, h, w]
     ):
-        names = image_names(model.config.preset)
+        names = image_names(model.config.preset, [model.config.mode])
+        self.empty = {name for name in names if name != "film" and not union_mask(masks, name).any()}
         found = film_features(model.tower, [film], [masks], names, model.config.dilate)
         self.names = {name: number for number, name in enumerate(names)}
         self.slice, self.films, self.tokens, self.width = found, 1, found.shape[2], found.shape[3]
@@ -171,17 +173,17 @@ def make_generate(
         "distinct": int(said.sentence.nunique()),
     }
 
-# %% ../nbs/06a_generate.ipynb #ea4c4f2a
+# %% ../nbs/06a_generate.ipynb #7c63d055
 @dataclass(frozen=True)
 class TopicFinding:
     "One sentence of a report."
 
     topic: str  # a topic's id; "" for a whole narrative report
-    region: str  # the region set that was shown beside the film
+    region: str  # the region set shown beside the film; "all" where that was the whole film, or none of it was found
     score: float  # probability of the sentence's tokens, geometric mean, in (0, 1]
     sentence: str  # what the model says
 
-# %% ../nbs/06a_generate.ipynb #a685af73
+# %% ../nbs/06a_generate.ipynb #d47e7f87
 class Reporter:
     "A checkpoint with its segmenter, ready for films."
 
@@ -190,14 +192,15 @@ class Reporter:
         model: LlavaTA,  # in evaluation mode
     ):
         self.model = model
-        self.segmenter = get_segmenter(model.config.segmenter) if model.config.mode == "anatomy" else None
+        config, anatomy = model.config, model.config.mode == "anatomy"
+        self.segmenter = get_segmenter(config.segmenter, config.segmenter_weights) if anatomy else None
 
     def features(self, film: np.ndarray | str | Path) -> FilmFeatures:
-        "Features of a film and of its segmented images."
-        pixels = film if isinstance(film, np.ndarray) else read_film(Path(film))
-        if pixels.ndim != 2:
-            raise ValueError(f"a film has two dimensions, grey values in [0, 1]; got an array of shape {pixels.shape}")
-        square = fit_film(pixels.astype(np.float32), self.model.tower.settings.image_size, self.model.config.resize)
+        "Features of a film and of its segmented images; raises ValueError for what is not a film."
+        if not isinstance(film, np.ndarray | str | Path):
+            raise ValueError(f"film: a path or an array is wanted, got {type(film).__name__}")
+        pixels = check_films([film if isinstance(film, np.ndarray) else read_film(film)])[0]
+        square = fit_film(pixels, self.model.tower.settings.image_size, self.model.config.resize)
         masks = self.segmenter.segment([square])[0].masks if self.segmenter else np.zeros((7, *square.shape), bool)
         return FilmFeatures(self.model, square, masks)
 
@@ -207,17 +210,19 @@ class Reporter:
         topics: Sequence[str] = ASKED,  # what to ask
         tokens: int = 60,  # longest sentence (four times that for a narrative)
     ) -> list[TopicFinding]:  # one for each topic; one in all for a narrative model
-        "Write the findings of one film."
+        "Write the findings of one film; raises ValueError for an unknown topic or for what is not a film."
+        unknown = [topics] if isinstance(topics, str) else [topic for topic in topics if topic not in ASKED]
+        if unknown or tokens < 1:
+            allowed = f"topics is a list of {', '.join(ASKED)}; tokens at least 1"
+            raise ValueError(f"topics {unknown}, tokens {tokens}: {allowed}")
+        features = self.features(film)
         prompts = study_prompts(self.model, "film", 0, topics)
         length = tokens * 4 if self.model.config.mode == "narrative" else tokens
-        said = answer(self.model, prompts, self.features(film), length)
-        looks = {"anatomy": lambda topic: region_set(topic, self.model.config.preset)}.get(
-            self.model.config.mode, lambda topic: "all"
-        )
-        return [
-            TopicFinding(row.topic, looks(row.topic) if row.topic else "all", row.score, row.sentence)
-            for row in said.itertuples()
-        ]
+        said = answer(self.model, prompts, features, length)
+        def shown(topic: str) -> str:
+            regions = region_set(topic, self.model.config.preset) if self.model.config.mode == "anatomy" else "all"
+            return "all" if regions in features.empty else regions
+        return [TopicFinding(row.topic, shown(row.topic), row.score, row.sentence) for row in said.itertuples()]
 
 # %% ../nbs/06a_generate.ipynb #7b75e0cb
 def load(

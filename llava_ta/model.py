@@ -6,11 +6,11 @@
 __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMPT', 'PROMPTS', 'IMAGE_TOKEN', 'LORA_TARGETS',
            'VisionTower', 'load_tower_weights', 'Projector', 'prompt_pieces', 'train_tokenizer', 'small_llama',
            'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'hidden_states', 'token_losses', 'add_lora',
-           'set_trainable', 'save_pretrained', 'from_pretrained', 'from_profile']
+           'set_trainable', 'save_pretrained', 'read_config', 'from_pretrained', 'from_profile']
 
-# %% ../nbs/05_model.ipynb #deb6ffa9
+# %% ../nbs/05_model.ipynb #4e1ca985
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,9 +195,9 @@ def small_llama(
         )
     )
 
-# %% ../nbs/05_model.ipynb #ecd62e09
+# %% ../nbs/05_model.ipynb #2ba924a4
 def load_language_model(
-    path: Path | str,  # a folder of a Llama-family model with its tokenizer, or a hub name
+    path: Path | str,  # a folder of a Llama-family model with its tokenizer
     dtype: str = "float32",  # float32 or bfloat16
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:  # model and tokenizer
     "Load any Llama-family model; the tokenizer's padding becomes its unknown token where it has none."
@@ -209,7 +209,7 @@ def load_language_model(
         path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
     ), tokenizer
 
-# %% ../nbs/05_model.ipynb #263a2c35
+# %% ../nbs/05_model.ipynb #09221a53
 @dataclass(frozen=True)
 class LlavaConfig:
     "What a checkpoint must know besides its weights."
@@ -221,7 +221,10 @@ class LlavaConfig:
     segmenter: str  # which segmenter to use on a new film
     resize: str  # how a film becomes square
     tower: dict[str, Any] = field(default_factory=dict)  # TowerSettings
+    segmenter_weights: str = ""  # its checkpoint; empty: the segmenter's own
     lm_checkpoint: str = ""  # a published language model is named, not copied
+    dtype: str = "float32"  # of the language model: float32 or bfloat16
+    adapter: bool = False  # whether the language model has a LoRA adapter
     schema: int = 1  # of this file
 
 # %% ../nbs/05_model.ipynb #c049230c
@@ -361,7 +364,7 @@ def set_trainable(
         )
     return [weight for weight in model.parameters() if weight.requires_grad]
 
-# %% ../nbs/05_model.ipynb #01370bf2
+# %% ../nbs/05_model.ipynb #24b4526f
 def save_pretrained(
     self: LlavaTA,
     folder: Path | str,  # made if missing
@@ -369,12 +372,14 @@ def save_pretrained(
     "Write a checkpoint that `from_pretrained` can load on any machine."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", asdict(self.config))
+    adapter = isinstance(self.lm, PeftModel)
+    config = replace(self.config, adapter=adapter, dtype=str(self.llama.dtype).removeprefix("torch."))
+    write_json(folder / "config.json", asdict(config))
     save_file(
         {f"trunk.{k}": v.contiguous() for k, v in self.tower.trunk.state_dict().items()}, folder / "tower.safetensors"
     )
     save_file({k: v.contiguous() for k, v in self.projector.state_dict().items()}, folder / "projector.safetensors")
-    if isinstance(self.lm, PeftModel):
+    if adapter:
         self.lm.save_pretrained(folder / "adapter")
     if not self.config.lm_checkpoint:
         base = {
@@ -386,29 +391,46 @@ def save_pretrained(
 
 LlavaTA.save_pretrained = save_pretrained
 
-# %% ../nbs/05_model.ipynb #3532f695
+# %% ../nbs/05_model.ipynb #11429f23
+def read_config(
+    folder: Path,  # of a checkpoint
+) -> LlavaConfig:  # of this schema
+    "Read `config.json`; raises FileNotFoundError or ValueError that names the folder."
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} is not a checkpoint of llava_ta: it has no config.json")
+    values = read_json(folder / "config.json")
+    if values.get("schema") != LlavaConfig.schema:
+        found = values.get("schema")
+        raise ValueError(f"{folder}/config.json: schema {found}; this release reads {LlavaConfig.schema}")
+    known = {item.name for item in fields(LlavaConfig)}
+    if wrong := sorted(set(values) ^ known):
+        raise ValueError(f"{folder}/config.json is not of llava_ta {LlavaConfig.schema}: keys {', '.join(wrong)}")
+    return LlavaConfig(**values)
+
+# %% ../nbs/05_model.ipynb #c6a5ee8f
 def from_pretrained(
     cls: type[LlavaTA],
     folder: Path | str,  # written by `save_pretrained`
     trainable: bool = False,  # whether the adapter goes on learning
 ) -> LlavaTA:  # in evaluation mode
-    "Load a checkpoint; raises FileNotFoundError if `folder` is not one, ValueError on a newer schema."
+    "Load a checkpoint; raises FileNotFoundError naming what is absent, ValueError on another schema."
     folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is not a checkpoint of llava_ta: it has no config.json")
-    config = LlavaConfig(**read_json(folder / "config.json"))
-    if config.schema != LlavaConfig.schema:
-        raise ValueError(f"{folder}/config.json: schema {config.schema}; this release reads {LlavaConfig.schema}")
+    config = read_config(folder)
+    adapter = [folder / "adapter" / "adapter_model.safetensors"] if config.adapter else []
+    language = Path(config.lm_checkpoint or folder / "lm")
+    parts = [folder / "tower.safetensors", folder / "projector.safetensors", language, *adapter]
+    if absent := [str(part) for part in parts if not part.exists()]:
+        raise FileNotFoundError(f"{folder}: the checkpoint is not whole, it lacks {', '.join(absent)}")
     tower = load_tower_weights(VisionTower(TowerSettings(**config.tower)), folder / "tower.safetensors")
-    lm, tokenizer = load_language_model(config.lm_checkpoint or folder / "lm")
-    if (folder / "adapter").is_dir():
+    lm, tokenizer = load_language_model(config.lm_checkpoint or folder / "lm", config.dtype)
+    if config.adapter:
         lm = PeftModel.from_pretrained(lm, folder / "adapter", is_trainable=trainable)
     model = cls(config, tower, lm, tokenizer)
     model.projector.load_state_dict(load_file(folder / "projector.safetensors"))
     return model.eval()
 LlavaTA.from_pretrained = classmethod(from_pretrained)
 
-# %% ../nbs/05_model.ipynb #88e294b0
+# %% ../nbs/05_model.ipynb #48fec06b
 def from_profile(
     profile: Profile,  # sizes and wiring
     mode: str,  # narrative, topic or anatomy
@@ -425,6 +447,7 @@ def from_profile(
         segmenter="offline" if profile.segment.name == "truth" else profile.segment.name,
         resize=profile.data.resize,
         tower=profile.tower.model_dump(),
+        segmenter_weights="" if profile.segment.name == "truth" else profile.segment.weights,
         lm_checkpoint=profile.lm.checkpoint,
     )
     tower = load_tower_weights(VisionTower(profile.tower), tower_weights)

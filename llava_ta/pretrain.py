@@ -7,7 +7,7 @@ __all__ = ['NOTHING', 'learning_rate', 'Resume', 'optimise', 'captions', 'draw_p
            'contrastive_losses', 'training_images', 'make_tower', 'text_sample', 'text_loss', 'stage0_texts',
            'stage0_losses', 'make_lm', 'language_model_folder']
 
-# %% ../nbs/05a_pretrain.ipynb #0b3de4e1
+# %% ../nbs/05a_pretrain.ipynb #b3485f97
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import Run, atomic_path, best_device, progress, write_table
+from .core import RESUME, Run, atomic_path, best_device, progress, write_table
 from .data import FilmStore, fit_film
 from .mapping import segmented_image
 from .model import IMAGE, LlavaConfig, LlavaTA, VisionTower, prompt_pieces, small_llama, train_tokenizer
@@ -40,7 +40,7 @@ def learning_rate(
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
-# %% ../nbs/05a_pretrain.ipynb #114eadcf
+# %% ../nbs/05a_pretrain.ipynb #5774a81c
 class Resume:
     "What an interrupted training needs to go on."
 
@@ -64,6 +64,8 @@ class Resume:
             tensor.copy_(state["tensors"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         torch.set_rng_state(state["chance"])
+        if torch.cuda.is_available() and state["gpu chance"]:
+            torch.cuda.set_rng_state_all(state["gpu chance"])
         return state["losses"]
 
     def save(self, losses: list[float], now: bool = False) -> None:
@@ -76,13 +78,14 @@ class Resume:
                     "tensors": self.tensors,
                     "optimiser": self.optimiser.state_dict(),
                     "chance": torch.get_rng_state(),
+                    "gpu chance": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                     "losses": losses,
                 },
                 beside,
             )
         self.saved = time.time()
 
-# %% ../nbs/05a_pretrain.ipynb #410e8c25
+# %% ../nbs/05a_pretrain.ipynb #94987174
 def optimise(
     module: nn.Module,  # its weights that require gradients learn
     losses: Iterator[
@@ -93,7 +96,7 @@ def optimise(
     desc: str,  # for the progress bar
     weight_decay: float = 0.0,  # of AdamW
     warmup: float = 0.03,  # share of the steps
-    resume: Path | None = None,  # file for going on after an interruption; removed at the end
+    resume: Path | None = None,  # file for going on after an interruption; its owner removes it once results are safe
 ) -> pd.DataFrame:  # step, loss
     "AdamW with the shared schedule and gradients clipped at 1; raises FloatingPointError on a loss that is not finite."
     weights = [weight for weight in module.parameters() if weight.requires_grad]
@@ -115,8 +118,7 @@ def optimise(
         optimiser.step()
         curve.append(loss.item())
         keeper.save(curve)
-    if resume is not None:
-        resume.unlink(missing_ok=True)
+    keeper.save(curve, now=True)
     return pd.DataFrame({"step": range(len(curve)), "loss": curve})
 
 # %% ../nbs/05a_pretrain.ipynb #cf79413b
@@ -236,7 +238,7 @@ def training_images(
         return film if name == "film" else segmented_image(film, masks[row], name, run.profile.mapping.dilate)[0]
     return image
 
-# %% ../nbs/05a_pretrain.ipynb #290cb343
+# %% ../nbs/05a_pretrain.ipynb #c3eaa0cf
 def make_tower(
     run: Run,  # whose training films, masks and samples are used
     out: Path,  # folder to write into
@@ -256,7 +258,7 @@ def make_tower(
         pair, training_images(run), found, rows, lambda text: tokenizer(text).input_ids, batch, steps
     )
     curve = optimise(
-        pair, losses, steps, settings.pretrain.lr, "tower", weight_decay=0.05, warmup=0.1, resume=out / "resume.pt"
+        pair, losses, steps, settings.pretrain.lr, "tower", weight_decay=0.05, warmup=0.1, resume=out / RESUME
     )
     save_file(
         {f"trunk.{k}": v.contiguous() for k, v in pair.tower.trunk.state_dict().items()}, out / "tower.safetensors"
@@ -326,7 +328,7 @@ def stage0_losses(
         for number in chance.permutation(len(batches)):
             yield lambda chosen=batches[number]: text_loss(model, chosen)
 
-# %% ../nbs/05a_pretrain.ipynb #be9b1926
+# %% ../nbs/05a_pretrain.ipynb #62df5c60
 def make_lm(
     run: Run,  # whose training texts are used
     out: Path,  # folder to write into
@@ -339,9 +341,9 @@ def make_lm(
     reports = studies[studies.split == "train"].set_index("study").findings.to_dict()
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("split == 'train'")
     tokenizer = train_tokenizer([*reports.values(), *samples.sentence, *samples.topic], settings.vocab)
-    tower = VisionTower(run.profile.tower)
     config = LlavaConfig("narrative", "v1", "paper", 0.0, "offline", "squash")
-    model = LlavaTA(config, tower, small_llama(settings, len(tokenizer)), tokenizer)
+    llama = small_llama(settings, len(tokenizer))  # drawn first: its start must not depend on the tower's size
+    model = LlavaTA(config, VisionTower(run.profile.tower), llama, tokenizer)
     model.to(best_device()).train()
     chance = np.random.default_rng(0)
     epochs = [stage0_texts(model, reports, samples, chance) for _ in progress(range(settings.pretrain.epochs), "texts")]
@@ -353,7 +355,7 @@ def make_lm(
         settings.pretrain.lr,
         "language model",
         weight_decay=0.01,
-        resume=out / "resume.pt",
+        resume=out / RESUME,
     )
     model.llama.save_pretrained(out)
     tokenizer.save_pretrained(out)

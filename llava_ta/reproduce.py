@@ -8,7 +8,7 @@ __all__ = ['EXPERIMENTS', 'CURVES', 'STYLE', 'STUDY_STYLE', 'SCRIPT', 'SHORT', '
            'film_html', 'findings_html', 'score_bars', 'provenance', 'record_html', 'curves_figure', 'page_html',
            'study_html', 'publish', 'make_report']
 
-# %% ../nbs/11_reproduce.ipynb #9f324e0b
+# %% ../nbs/11_reproduce.ipynb #4aa1c905
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,7 +24,18 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
-from .core import Profile, Ref, Run, Settings, atomic_path, check_params, commit, preflight, run_pipeline
+from llava_ta.core import (
+    FIGURE_MODES,
+    Profile,
+    Ref,
+    Run,
+    Settings,
+    atomic_path,
+    check_params,
+    commit,
+    preflight,
+    run_pipeline,
+)
 from .data import FilmStore, film_uri
 from .decompose import get_decomposer
 from .evaluate import difference, over_seeds, published_html
@@ -67,7 +78,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         "where a finding's words look", "pictures (their Fig. 3 and 4)", "attention"),
 }
 
-# %% ../nbs/11_reproduce.ipynb #d164e6b4
+# %% ../nbs/11_reproduce.ipynb #7a56cf48
 def experiment_settings(
     settings: Settings,  # of the main run
     name: str,  # a key of `EXPERIMENTS`
@@ -75,7 +86,9 @@ def experiment_settings(
     "The settings of an experiment; raises ValueError for one that does not exist."
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment '{name}': allowed are {', '.join(EXPERIMENTS)}")
-    wanted = EXPERIMENTS[name]
+    wanted, modes = EXPERIMENTS[name], settings.profile.train.modes
+    if not set(FIGURE_MODES.get(name, modes)) & set(modes):
+        raise ValueError(f"experiment={name!r}: train.modes {modes} has none of {', '.join(FIGURE_MODES[name])}")
     if not wanted.own:
         return settings
     overrides = ", ".join(filter(None, (settings.overrides, wanted.overrides)))
@@ -530,21 +543,24 @@ def _scores(run: Run) -> str:
     return (f"{''.join(parts)}<h3>All scores</h3>{(folder / 'table.html').read_text(encoding='utf-8')}"
             f"<h3>Published, for comparison</h3>{published_html()}")
 
-# %% ../nbs/11_reproduce.ipynb #c14b83fe
+# %% ../nbs/11_reproduce.ipynb #7cbcf13f
 def _figures(run: Run) -> dict[str, str]:
     "The sections with plotly figures."
     def figure(step: str) -> str:
         fragment = (run.path(step) / "figure.html").read_text(encoding="utf-8")
         return f'<div class="figure">{fragment}</div>{record_html(run.record(step)["metrics"], "the numbers")}'
+    modes = set(run.profile.train.modes)
+    drawn = {step: figure(step) if modes & set(some) else f"<p>Not drawn: none of {', '.join(some)} was trained.</p>"
+             for step, some in FIGURE_MODES.items()}
     seed, stage = run.profile.train.seeds[0], run.profile.generate.stages[-1]
     folders = {mode: run.path("train", mode=mode, stage=stage, seed=seed) for mode in run.profile.train.modes}
     curves = curves_figure({mode: pd.read_parquet(folder / "curve.parquet") for mode, folder in folders.items()})
     return {
         "Narrative bias": "<p>A system is given the true beginning of a report and completes the last K sentences. The "
         "curve is what the real film adds to the probability of the true words. If it falls towards K = 1, where "
-        f"nearly all text is given, the system reads the text and not the film.</p>{figure('bias')}",
+        f"nearly all text is given, the system reads the text and not the film.</p>{drawn['bias']}",
         "Attention": "<p>Where the words of a finding look: the weight that each patch of the film gets while a "
-        "sentence is written. It is what the language model reads, not why it wrote a word.</p>" + figure("attention"),
+        "sentence is written. It is what the language model reads, not why it wrote a word.</p>" + drawn["attention"],
         "Training": f'<p>Loss of stage {stage} on the training split, mean of 20 steps.</p><div class="figure">'
         f"{curves.to_html(full_html=False, include_plotlyjs=False)}</div>",
     }

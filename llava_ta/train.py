@@ -6,7 +6,7 @@
 __all__ = ['RARE', 'draw_samples', 'Studies', 'study_batch', 'epoch_losses', 'stage_steps', 'standardise_projector',
            'starting_model', 'held_out_loss', 'make_train']
 
-# %% ../nbs/06_train.ipynb #80b1c244
+# %% ../nbs/06_train.ipynb #16db763f
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .core import Profile, Run, StageSettings, TrainSettings, best_device, write_table
+from .core import RESUME, Profile, Run, StageSettings, TrainSettings, best_device, write_table
 from .features import FeatureStore, tower_weights
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
 from .packing import Batch, Sample, batch_losses, make_sample, pack
@@ -132,7 +132,7 @@ def standardise_projector(
     second.weight *= scale
     second.bias *= scale
 
-# %% ../nbs/06_train.ipynb #1574df48
+# %% ../nbs/06_train.ipynb #5d30d397
 def starting_model(
     run: Run,  # whose tower, language model and (for stage 2) first stage are done
     mode: str,  # narrative, topic or anatomy
@@ -156,6 +156,8 @@ def starting_model(
     model.config = replace(model.config, template=profile.train.stage2.template)
     if profile.train.tune == "lora":
         add_lora(model, profile.lora)
+    else:
+        model.config = replace(model.config, lm_checkpoint="")  # no longer the published one: it is saved with the rest
     set_trainable(model, profile.train.tune)
     return model.to(best_device()).train()
 
@@ -175,7 +177,7 @@ def held_out_loss(
         total, count = total + losses.sum().item(), count + len(losses)
     return total / max(count, 1)
 
-# %% ../nbs/06_train.ipynb #f74c1df0
+# %% ../nbs/06_train.ipynb #333ec76b
 def make_train(
     run: Run,  # whose features, samples and language model are used
     out: Path,  # folder to write into
@@ -198,7 +200,7 @@ def make_train(
         f"{mode} stage {stage}",
         settings.weight_decay,
         settings.warmup,
-        out / "resume.pt",
+        out / RESUME,
     )
     model.eval().save_pretrained(out)
     write_table(out / "curve.parquet", curve)

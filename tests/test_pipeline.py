@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file
 
 from llava_ta.core import STEPS, Ref, all_variants, load_profile, read_json, ref
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
@@ -232,6 +233,22 @@ for finding in model.report("film.png"):
     rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") >= 3]
     assert rows and {row[0] for row in rows} <= set(TOPICS)
     assert all(set(re.split(r"[^a-z]+", row[1])) & {*REGIONS, "all"} for row in rows)
+
+
+def test_other_wiring_runs_to_the_same_page(finished: Ran, runs: Path):
+    """One system instead of three, a language model from a folder, tuned whole, in half precision."""
+    base = runs / "tiny" / "lm"
+    wanted = f"train.modes=[topic], train.tune=full, train.dtype=bfloat16, lm.checkpoint={base}, lm.pretrain=null"
+    ran = papermill("11_reproduce", runs, profile="tiny", run="other", overrides=wanted)
+    assert ran.status == 0, ran.said
+    assert (runs / "other" / "report.html").read_text(encoding="utf-8").count("Not drawn") == 2
+    first, second = (runs / "other" / ref("train", mode="topic", stage=stage, seed=0).folder for stage in (1, 2))
+    assert read_json(first / "config.json")["lm_checkpoint"] == str(base) and not (first / "lm").exists()
+    config = read_json(second / "config.json")
+    assert (config["lm_checkpoint"], config["adapter"], config["dtype"]) == ("", False, "bfloat16")
+    tuned, start = (load_file(folder / "model.safetensors") for folder in (second / "lm", base))
+    changed = [name for name, weight in tuned.items() if not weight.float().allclose(start[name].bfloat16().float())]
+    assert len(changed) > len(tuned) / 2, "what was learned is in the checkpoint"
 
 
 # ---- interruption
