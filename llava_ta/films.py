@@ -195,8 +195,10 @@ _VIEWS = {  # as terms, and as SNOMED CT and SNOMED RT codes
 
 def _view(data: pydicom.Dataset) -> str:
     "PA, AP or LATERAL from a DICOM header, or nothing."
-    codes = [f"{item.get('CodeValue', '')} {item.get('CodeMeaning', '')}" for item in data.get("ViewCodeSequence") or ()]
-    said = " ".join([str(data.get("ViewPosition") or ""), *codes]).upper()
+    said = [data.get("ViewPosition")]
+    for item in data.get("ViewCodeSequence") or ():
+        said += [item.get("CodeValue"), item.get("CodeMeaning")]
+    said = " ".join(map(str, filter(None, said))).upper()
     if re.search(r"DECUB|OBLIQUE|\b[LR]LD\b", said):
         said = re.sub(_VIEWS["LATERAL"], "", said)
     return next((view for view, pattern in _VIEWS.items() if re.search(pattern, said)), "")
@@ -249,7 +251,7 @@ class FilmHeader:
 def _header_of(data: pydicom.Dataset) -> FilmHeader:
     "The header of a DICOM film."
     if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(data.dir()):
-        raise _Refusal(f"is DICOM without a picture (modality {data.get('Modality') or 'not stated'}), or it is cut off")
+        raise _Refusal(f"is DICOM without a picture (modality {data.get('Modality') or 'not stated'}), or is cut off")
     syntax = data.file_meta.get("TransferSyntaxUID")
     return FilmHeader(
         int(data.Rows), int(data.Columns), "DICOM", int(data.get("BitsStored") or data.BitsAllocated),
