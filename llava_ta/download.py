@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'file_sha256', 'archive_fault', 'locked_fault', 'fetch', 'member_fault', 'unpack']
 
-# %% ../nbs/00f_download.ipynb #3e037feb
+# %% ../nbs/00f_download.ipynb #c22d0da1
 import gzip
 import hashlib
 import http.client
@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from .core import atomic_path, progress, read_json, write_json
+from .core import progress, read_json, write_json
 
 # %% ../nbs/00f_download.ipynb #d5c2d790
 BLOCK = 1 << 20  # bytes read at a time
