@@ -535,7 +535,7 @@ def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
 
 # %% ../nbs/00_core.ipynb #3c1beaed
 STEPS: dict[str, Step] = {
-    "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom", "studies", "sources")),
+    "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")),
     "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
@@ -698,7 +698,7 @@ def outside_inputs(
     package, data = Path(str(importlib.resources.files("llava_ta"))), profile.data
     found = [package / name for name in TABLES.get(step, ())]
     if step == "data" and data.source == "phantom":
-        found.append(package / "phantom.yaml")
+        found += [package / "phantom.yaml", package / "grammar.yaml"]
     if step == "data" and "openi" in (data.source, data.texts):
         found.append(root() / "data_manifests" / "openi.csv")
     if step == "data" and data.source != "phantom":

@@ -148,7 +148,7 @@ def _receive(url: str, part: Path, name: str, timeout: float) -> None:
             _forget(part)
         raise OSError(f"the connection ended after {have:,} of {total:,} bytes")
 
-# %% ../nbs/00f_download.ipynb #114dc70c
+# %% ../nbs/00f_download.ipynb #85c3f52e
 def _attempts(url: str, part: Path, name: str, tries: int, wait: float, timeout: float, say: Callable) -> None:
     "Attempt until the part is whole; raises OSError that names the address."
     failed = 0
@@ -157,7 +157,8 @@ def _attempts(url: str, part: Path, name: str, tries: int, wait: float, timeout:
         if before and before == _state(part).get("total"):
             return
         try:
-            return _receive(url, part, name, timeout)
+            _receive(url, part, name, timeout)
+            return
         except urllib.error.HTTPError as error:
             final, why = error.code < 500 and error.code not in (408, 416, 429), f"HTTP {error.code} {error.reason}"
         except (http.client.HTTPException, OSError) as error:
