@@ -1,0 +1,319 @@
+"""Real studies: miniature trees in the layouts of their collections, through the adapters and the data step."""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
+from llava_ta.data import FilmStore, make_data
+from llava_ta.sources import (
+    FOLDER_COLUMNS, folder_studies, llava_rad_studies, mimic_studies, openi_films, openi_reports, read_source,
+)
+from llava_ta.studies import FITTED, SCHEMA, is_credentialed, load_studies
+from repository import ROOT
+
+REAL_OPENI = os.environ.get("LLAVA_TA_OPENI_DIR", "")
+
+
+def made(
+    folder: Path,  # of the source
+    out: Path,  # where the step writes
+    overrides: str,  # of the profile openi
+) -> tuple[dict, pd.DataFrame, FilmStore, list[str]]:  # record, table, films, news
+    """Run the data step alone."""
+    profile = load_profile("openi", f"data.dir={folder}, data.size=32, {overrides}")
+    news: list[str] = []
+    run = Run(Settings(profile=profile, run="test"), say=news.append)
+    out.mkdir(parents=True, exist_ok=True)
+    record = make_data(run, out)
+    return record, load_studies(out), FilmStore(out), news
+
+
+def film(path: Path, grey: int = 128, size: tuple[int, int] = (30, 40)) -> Path:
+    """Write a small grey film; `size` is width and height."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+    return path
+
+
+# ---- MIMIC-CXR-JPG 2.1.0
+
+FILMS = [  # dicom, subject, study, view, split
+    ("02aa804e-bde0afdd-112c0b34-7bc16630-4e384014", "10000032", "50414267", "PA", "train"),
+    ("174413ec-4ec4c1f7-34ea26b7-c5f994f8-79ef1962", "10000032", "50414267", "LATERAL", "train"),
+    ("2a2277a9-b0ded155-c0de8eb9-c124d10e-82c5caab", "10000032", "53189527", "AP", "train"),
+    ("e084de3b-be89b11e-20fe3f9f-9c8d8dfe-4cfd202c", "10000032", "53189527", "AP", "train"),
+    ("68b5c4b1-227d0485-9cc38c3f-7b84ab51-4b472714", "10000764", "57375967", "", "validate"),
+    ("096052b7-d256dc40-453a102b-fa7d01c6-1b22c6b4", "10000764", "57375968", "AP", "validate"),
+    ("d8c2d325-82d5d4c7-3b3b1c5b-fc9a1b2a-c8bb1c05", "10000898", "50771383", "PA", "test"),
+]
+REPORTS = {
+    "50414267": "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with "
+                "cough\n\n FINDINGS: \n \n A small left effusion is seen. \n \n IMPRESSION: \n \n Small effusion.\n",
+    "53189527": " FINAL REPORT\n HISTORY:  Cough.\n\n One frontal film.  The heart is large.\n\n IMPRESSION:  Large heart.",
+    "57375967": "FINDINGS: Clear.",
+    "57375968": "                                 FINAL REPORT\n AP CHEST\n\n IMPRESSION:  No change.",
+    "50771383": "WET READ: ___ 10:00 AM\n  Wrong.\n ______\n                 FINAL REPORT\n FINDINGS AND IMPRESSION: Clear lungs.",
+}
+
+
+def mimic_tree(folder: Path, zipped: bool = False) -> Path:
+    """Write films, lists and reports as PhysioNet has them."""
+    rows = [dict(zip(("dicom_id", "subject_id", "study_id", "ViewPosition", "split"), row, strict=True)) for row in FILMS]
+    table = pd.DataFrame(rows)
+    folder.mkdir(parents=True)
+    more = {"PerformedProcedureStepDescription": "CHEST (PA AND LAT)", "Rows": 3056, "Columns": 2544, "StudyDate": 21800506}
+    table.drop(columns="split").assign(**more).to_csv(folder / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
+    table[["dicom_id", "study_id", "subject_id", "split"]].to_csv(folder / "mimic-cxr-2.0.0-split.csv.gz", index=False)
+    labels = {"subject_id": ["10000032"], "study_id": ["50414267"], "Pleural Effusion": ["1.0"], "Edema": [""]}
+    pd.DataFrame(labels).to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
+    for dicom, subject, study, _, _ in FILMS:
+        film(folder / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}" / f"{dicom}.jpg")
+    texts = {f"files/p{subject[:2]}/p{subject}/s{study}.txt": REPORTS[study] for _, subject, study, _, _ in FILMS}
+    if zipped:
+        with zipfile.ZipFile(folder / "mimic-cxr-reports.zip", "w") as packed:
+            for name, text in texts.items():
+                packed.writestr(name, text)
+    else:
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
+    tree = mimic_tree(tmp_path / "mimic", zipped)
+    overrides = "data.source=mimic, data.resize=shortest, data.films=all"
+    record, table, store, _ = made(tree, tmp_path / "out", overrides)
+    assert table["study"].tolist() == ["s50414267", "s50771383", "s53189527", "s53189527-2", "s57375968"]
+    assert table["split"].tolist() == ["train", "val", "train", "train", "valid"]
+    assert table["view"].tolist() == ["PA", "PA", "AP", "AP", "AP"] and len(store) == 5
+    assert table["findings"].tolist() == ["A small left effusion is seen.", "Clear lungs.", *[
+        "One frontal film. The heart is large."] * 2, "No change."]
+    assert table["section"].tolist() == ["findings", "findings", "text", "text", "impression"]
+    assert table["indication"][0] == "___F with cough" and list(table["labels"][0]) == ["Pleural Effusion=1"]
+    assert table[["height", "width", "resize"]].drop_duplicates().to_numpy().tolist() == [[40, 30, "shortest"]]
+    assert is_credentialed(table) and record["left out"] == {"films that are neither AP nor PA": 2}
+    one, said = mimic_studies(tree)
+    assert len(one) == 4 and said["further films of a study"] == 1
+
+
+def test_mimic_names_what_is_wrong(tmp_path: Path):
+    tree = mimic_tree(tmp_path / "mimic")
+    (tree / "files/p10/p10000898/s50771383.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="s50771383.txt does not exist"):
+        mimic_studies(tree)
+    lists = tree / "mimic-cxr-2.0.0-split.csv.gz"
+    table = pd.read_csv(lists, dtype=str)
+    for broken, expected in {
+        "row 8, column dicom_id: 02aa804e-bde0afdd-112c0b34-7bc16630-4e384014 occurs twice": pd.concat([table, table[:1]]),
+        "column split is missing": table.drop(columns="split"),
+        "column split: film 02aa804e-bde0afdd-112c0b34-7bc16630-4e384014 has no split": table[1:],
+    }.items():
+        expected.to_csv(lists, index=False)
+        with pytest.raises(ValueError, match=re.escape(f"{lists}: {broken}")):
+            mimic_studies(tree)
+    lists.write_bytes(b"not gzip")
+    with pytest.raises(ValueError, match="split.csv.gz cannot be read"):
+        mimic_studies(tree)
+
+
+# ---- LLaVA-Rad's annotations
+
+
+def annotation(row: int, method: str, said: str | None, **more) -> dict:
+    """An entry as the JSON lists have it."""
+    dicom, subject, study, view, _ = FILMS[row]
+    path = f"mimic/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
+    turns = [{"from": "human", "value": "<image>\nProvide a description of the findings in the radiology image."},
+             {"from": "gpt", "value": said}]
+    return {"id": f"{subject}_{study}", "image": path, "view": view, "generate_method": method, "reason": None,
+            "conversations": turns, **more}
+
+
+def llava_rad_lists(folder: Path) -> Path:
+    """Write the three lists."""
+    lists = {
+        "train": [annotation(0, "rule-based", "An effusion.", reason="cough\n for weeks"), annotation(1, "rule-based", "Lateral."),
+                  annotation(2, "gpt4", "Large heart."), annotation(2, "rule-based", "Large."), annotation(3, "gpt4", "Large.")],
+        "dev": [annotation(5, "gpt4", "Clear."), annotation(5, "rule-based", None)],
+        "test": [annotation(6, "rule-based", "Clear lungs.", split="test"), annotation(6, "gpt4", "Lungs are clear.")],
+    }
+    folder.mkdir()
+    for split, entries in lists.items():
+        (folder / LLAVA_RAD_LISTS[split]).write_text(json.dumps(entries))
+    return folder
+
+
+@pytest.mark.parametrize("test_set, val, first", [("rule-based", "Clear lungs.", "Large."),
+                                                  ("gpt4", "Lungs are clear.", "Large heart.")])
+def test_both_test_sets_of_llava_rad(tmp_path: Path, test_set: str, val: str, first: str):
+    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    overrides = f"data.source=mimic, data.test_set={test_set}, data.annotations={lists}, data.films=all"
+    _, table, store, _ = made(tree, tmp_path / "out", overrides)
+    assert table.query("split == 'val'")["findings"].tolist() == [val] and len(store) == 5
+    assert table.set_index("study")["findings"]["s53189527"] == first, "the method of the test set is kept"
+    assert table.set_index("study")["indication"]["s50414267"] == "cough for weeks"
+    assert set(table["film"]) <= {str(path.relative_to(tree)) for path in tree.rglob("*.jpg")}
+    assert len(llava_rad_studies(tree, lists, test_set, films="one")[0]) == 4
+
+
+def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
+    for name, test_set in {"paper": "gpt4", "llava-rad": "rule-based"}.items():
+        data = load_profile(name).data
+        assert (data.test_set, data.resize, data.films, data.size) == (test_set, "shortest", "all", 518)
+    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    profile = load_profile("paper", f"data.dir={tree}")
+    assert [path for key, path, _ in preflight(profile).absent if key == "data.annotations"] == [
+        str(tree / LLAVA_RAD_LISTS[split]) for split in ("train", "test")]
+    with pytest.raises(FileNotFoundError, match="chat_train"):
+        read_source(profile.data)
+    assert len(read_source(load_profile("paper", f"data.dir={tree}, data.annotations={lists}").data)[0]) == 5
+
+
+# ---- Open-i
+
+XML = """<?xml version="1.0" encoding="utf-8"?>
+<eCitation><uId id="CXR{number}"/><ccLicense>byncnd</ccLicense><MedlineCitation><Article><Abstract>
+<AbstractText Label="COMPARISON"/><AbstractText Label="INDICATION">Cough</AbstractText>
+<AbstractText Label="FINDINGS">Made up for study {number}.</AbstractText><AbstractText Label="IMPRESSION"/>
+</Abstract></Article></MedlineCitation><MeSH><major>normal</major></MeSH><parentImage id="{image}"/></eCitation>"""
+
+
+def test_open_i_as_the_archives_unpack(tmp_path: Path):
+    manifest = pd.read_csv(ROOT / "data_manifests" / "openi.csv", dtype=str, keep_default_na=False)
+    reports = tmp_path / "openi" / "NLMCXR_reports" / "ecgen-radiology"
+    reports.mkdir(parents=True)
+    for row in manifest.itertuples():
+        (reports / f"{row.report}.xml").write_text(XML.format(number=row.report, image=row.image))
+    chosen = manifest[manifest["split"] == "val"].head(3), manifest[manifest["split"] == ""].head(20)
+    for row in pd.concat(chosen).itertuples():
+        film(tmp_path / "openi" / "NLMCXR_png" / f"{row.image}.png")
+    film(tmp_path / "openi" / "NLMCXR_png" / "CXR1_1_IM-0001-3001.png")  # a lateral film of the archive
+    record, table, store, _ = made(tmp_path / "openi", tmp_path / "out", "data.source=openi")
+    assert len(table) == len(store) == 23 and (table["film"].str.split("/").str[0] == "NLMCXR_png").all()
+    assert (table["findings"] == "Made up for study " + table["study"].str[3:] + ".").all()
+    assert record["val"] == 3 and record["left out"] == {"studies without a film": len(manifest) - 23}
+    assert not is_credentialed(table) and set(table["indication"]) == {"Cough"}
+
+
+def test_open_i_by_index(tmp_path: Path):
+    folder = tmp_path / "openi"
+    rows = [("1", "frontal\\1.jpg", "True"), ("1", "frontal\\1b.jpg", "False"), ("4", "frontal\\4.jpg", "True"),
+            ("5", "frontal\\5.jpg", "True")]
+    for _, name, _ in rows:
+        film(folder / name.replace("\\", "/"))
+    pd.DataFrame(rows, columns=["uid", "file", "primary_frontal"]).to_csv(
+        folder / "index.csv", index=False, encoding="utf-8-sig")
+    _, table, store, _ = made(folder, tmp_path / "out", "data.source=openi")
+    assert table["study"].tolist() == ["CXR1", "CXR4", "CXR5"] and len(store) == 3
+    assert table["film"].tolist() == ["frontal/1.jpg", "frontal/4.jpg", "frontal/5.jpg"]
+
+
+@pytest.mark.skipif(not REAL_OPENI, reason="REAL FILMS NOT TESTED: set LLAVA_TA_OPENI_DIR to a folder of Open-i")
+def test_every_real_film_of_open_i_joins_its_report():
+    folder = Path(REAL_OPENI)
+    table, left_out = openi_films(folder)
+    assert all((folder / name).is_file() for name in table["film"])
+    counts = {"studies": len(table), **table["split"].value_counts().to_dict(), **left_out}
+    if (folder / "index.csv").is_file():
+        index = pd.read_csv(folder / "index.csv", dtype=str)
+        owner = {image: row.study for row in openi_reports().itertuples() for image in row.images}
+        joined = index["xml_image_id"].map(owner) == "CXR" + index["uid"]
+        counts |= {"frontals": len(index), "joined by image id": int(joined.sum())}
+        assert joined.all() and table["study"].isin("CXR" + index["uid"]).all()
+    print(counts)
+
+
+# ---- a folder of one's own
+
+
+def own_folder(folder: Path, number: int, broken: int = 0) -> Path:
+    """Write films of known grey and their table; every thirtieth or so is broken, in one of three ways."""
+    lines = ["film,patient,findings"]
+    bad = set(np.linspace(5, number - 5, broken).astype(int).tolist()) if broken else set()
+    for i in range(number):
+        path = film(folder / f"p{i // 2}" / f"{i:04d}.png", i % 200 + 30, (20, 24))
+        lines.append(f"p{i // 2}/{i:04d}.png,{i // 2},Clear lungs.")
+        if i in bad:
+            content = [b"", b"not a film", path.read_bytes()[:40]][i % 3]
+            path.write_bytes(content)
+    (folder / "studies.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_thousand_films_with_thirty_bad_ones(tmp_path: Path):
+    folder = own_folder(tmp_path / "own", 1000, broken=30)
+    record, table, store, news = made(folder, tmp_path / "out", "data.source=folder")
+    refused = pd.read_parquet(tmp_path / "out" / "refused.parquet")
+    assert len(table) == len(store) == record["studies"] == 970 and len(refused) == record["refused"] == 30
+    assert "30 of 1,000 films cannot be used" in news[0] and "970 are stored" in news[0]
+    assert list(refused.columns) == ["study", "film", "reason"] and refused["reason"].str.len().gt(5).all()
+    assert not refused["reason"].str.contains(str(tmp_path), regex=False).any(), "a path of this machine in a table"
+    assert not set(table["study"]) & set(refused["study"]) and table["row"].tolist() == list(range(970))
+    assert (table.groupby("patient")["split"].nunique() == 1).all()
+    assert sum(record[split] for split in ("train", "valid", "val")) == 970
+    for row, name in zip(table["row"], table["film"], strict=True):
+        assert abs(store[row].mean() * 255 - (int(name[-8:-4]) % 200 + 30)) < 1, f"row {row} holds another film"
+
+
+def test_too_many_bad_films_stop_the_step(tmp_path: Path):
+    folder = own_folder(tmp_path / "own", 100, broken=8)
+    with pytest.raises(ValueError, match=r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"):
+        made(folder, tmp_path / "out", "data.source=folder")
+    assert len(made(folder, tmp_path / "more", "data.source=folder, data.max_refused=0.1")[1]) == 92
+
+
+def test_a_split_that_loses_its_last_film(tmp_path: Path):
+    folder = tmp_path / "own"
+    lines = ["film,split,findings"]
+    for i in range(40):
+        film(folder / f"{i}.png")
+        lines.append(f"{i}.png,{'val' if i == 7 else 'train'},Clear.")
+    (folder / "7.png").write_bytes(b"")
+    (folder / "studies.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="no film of split val is left"):
+        made(folder, tmp_path / "out", "data.source=folder")
+
+
+def test_films_without_reports_and_texts_that_stay(tmp_path: Path):
+    folder = tmp_path / "own"
+    for name in ("a", "b", "c", "d"):
+        film(folder / f"{name}.png")
+    (folder / "studies.csv").write_text(
+        "film;split;report\na.png;train;FINDINGS: Clear. IMPRESSION: Normal.\nb.png;train;The lungs are clear today.\n"
+        "c.png;test;FINDINGS: Clear.\nd.png;;\n", encoding="utf-8-sig")
+    record, table, store, _ = made(folder, tmp_path / "out", "data.source=folder, data.resize=pad")
+    assert table.set_index("study")["split"].to_dict() | {"a": 0, "b": 0} == {"a": 0, "b": 0, "c": "val", "d": "new"}
+    assert table["section"].tolist() == ["findings", "text", "findings", "none"] and record["new"] == 1
+    assert is_credentialed(table) and len(store) == 4
+    table, _ = folder_studies(folder / "studies.csv", credentialed=False)
+    assert not is_credentialed(table)
+    with pytest.raises(ValueError, match="data.credentialed: the texts of MIMIC-CXR are always"):
+        load_profile("paper", "data.credentialed=false")
+
+
+def test_an_edited_table_makes_the_artefact_stale(tmp_path: Path):
+    folder = own_folder(tmp_path / "own", 4)
+    profile = load_profile("openi", f"data.source=folder, data.dir={folder}")
+    before = [path_digest(path) for path in outside_inputs("data", profile)]
+    table = folder / "studies.csv"
+    table.write_text(table.read_text().replace("Clear lungs.", "Large heart.", 1))  # of the same length
+    path_digest.cache_clear()
+    assert before != [path_digest(path) for path in outside_inputs("data", profile)]
+
+
+# ---- what is documented
+
+
+def test_the_readme_prints_the_schema():
+    text = (ROOT / "data_manifests" / "README.md").read_text(encoding="utf-8")
+    for name, meaning in [*SCHEMA.items(), *FITTED.items(), *FOLDER_COLUMNS.items()]:
+        assert f"| `{name}` | {meaning} |" in text, f"data_manifests/README.md lacks the column {name}: {meaning}"
