@@ -110,7 +110,7 @@ class DataSettings(Section):
     dir: str = ""  # folder of real films; empty: $LLAVA_TA_OPENI_DIR, $LLAVA_TA_MIMIC_DIR or $LLAVA_TA_FOLDER_DIR
     table: str = "studies.csv"  # folder: the CSV of the studies, below the folder of films
     credentialed: bool = True  # folder: whether its texts must stay on this machine; MIMIC's must, Open-i's need not
-    test_set: Literal["official", "rule-based", "gpt4"] = "official"  # mimic: the studies that are scored, see 00g_sources
+    test_set: Literal["official", "rule-based", "gpt4"] = "official"  # mimic: which studies are scored
     annotations: str = ""  # mimic: folder of LLaVA-Rad's JSON files, for the other two test sets; empty: `dir`
     films: Literal["one", "all"] = "one"  # mimic: one frontal film a study, or all AP and PA films, as LLaVA-Rad does
     train: int | None = None  # studies to learn from; null for all
@@ -535,7 +535,9 @@ def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
 
 # %% ../nbs/00_core.ipynb #3c1beaed
 STEPS: dict[str, Step] = {
-    "data": Step("01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")),
+    "data": Step(
+        "01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")
+    ),
     "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),

@@ -276,10 +276,10 @@ def make_data(
     run: Run,  # whose profile names source, texts, numbers and size
     out: Path,  # folder to write into
 ) -> dict[str, object]:  # counts per split, what was left out, and how films were made square
-    """Write studies.parquet and films.safetensors; for phantoms true_findings.parquet and truth.safetensors, else refused.parquet.
+    """Write studies.parquet and films.safetensors, with true_findings.parquet and truth.safetensors or refused.parquet.
 
-    Raises FileNotFoundError listing absent files and the release that brings each, ValueError for a broken table, for too
-    many films that cannot be used, and where a split loses its last film."""
+    Raises FileNotFoundError listing absent files and the release that brings each, ValueError for a broken table, for
+    too many films that cannot be used, and where a split loses its last film."""
     data = run.profile.data
     studies, findings, said = studies_of(data)
     before, total = set(studies["split"]), len(studies)

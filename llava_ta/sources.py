@@ -28,13 +28,14 @@ from llava_ta.studies import (
     COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
 )
 
-# %% ../nbs/00g_sources.ipynb #47aeab37
+# %% ../nbs/00g_sources.ipynb #7d530210
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
     "impression": r"(?:final |overall )?impressions?|conclusions?|summary|interpretation|opinion",
-    "indication": r"(?:clinical |patient )?(?:indications?|history|information)(?: ?(?:and|/|&) ?(?:indications?|history))?"
-                  r"|reasons? for (?:the |this )?(?:exam(?:ination)?|study)|indications? for (?:exam(?:ination)?|study)|reason",
+    "indication": r"(?:clinical |patient )?(?:indications?|history|information)(?: ?(?:and|/|&) ?"
+                  r"(?:indications?|history))?"
+                  r"|(?:reasons?|indications?) for (?:the |this )?(?:exam(?:ination)?|study)|reason",
     "comparison": r"comparisons?(?: (?:studies|study|exams?|films?))?|compared (?:to|with)",
     "technique": r"techniques?|views?|procedure|technical factors",
     "examination": r"exam(?:ination)?s?|study|type of exam(?:ination)?|exam type",
@@ -131,12 +132,12 @@ def parse_openi_report(
         "images": [node.get("id") for node in report.iter("parentImage")],
     }
 
-# %% ../nbs/00g_sources.ipynb #4d48e85c
+# %% ../nbs/00g_sources.ipynb #dd9d9c5d
 @functools.cache
 def openi_reports(
     folder: str = "",  # of Open-i; its NLMCXR_reports/ is preferred to the installed reports
 ) -> pd.DataFrame:  # what `parse_openi_report` finds, one row a report
-    """Read all reports of Open-i: XML files below a folder, else those that torchxrayvision installs (it is not imported).
+    """Read all reports of Open-i: XML files below a folder, else those that torchxrayvision installs, without importing it.
 
     Raises FileNotFoundError when neither is there, ValueError naming a file that is no report."""
     files = sorted(Path(folder, "NLMCXR_reports").rglob("*.xml")) if folder else []
@@ -204,7 +205,7 @@ def openi_films(
         raise ValueError(f"{folder}: {what} is in the Open-i manifest")
     return _finish(joined, str(folder), {**left_out, "studies without a film": len(studies) - len(joined)})
 
-# %% ../nbs/00g_sources.ipynb #cd67b2dd
+# %% ../nbs/00g_sources.ipynb #04beba69
 OPENI_ARCHIVES: dict[str, str] = {  # folder that the archive becomes -> its address
     "NLMCXR_reports": "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_reports.tgz",
     "NLMCXR_png": "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_png.tgz",
@@ -216,7 +217,7 @@ def fetch_openi(
     archives: dict[str, str] | None = None,  # folder -> address; `OPENI_ARCHIVES` if not given
     say: Callable[[str], None] = print,  # where news goes
 ) -> Path:  # the folder
-    "Fetch the public archives of Open-i and unpack them; an interrupted call goes on where it was. Errors as in `fetch`."
+    "Fetch the archives of Open-i and unpack them; an interrupted call goes on where it was. Errors as in `fetch`."
     folder = Path(folder)
     for name, url in (archives or OPENI_ARCHIVES).items():
         if not (folder / name).is_dir():
@@ -242,7 +243,7 @@ def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
         raise ValueError(f"{path}: row {row}, column dicom_id: {table['dicom_id'][row - 1]} occurs twice")
     return table
 
-# %% ../nbs/00g_sources.ipynb #dfd754cd
+# %% ../nbs/00g_sources.ipynb #d4947577
 def _frontals(films: pd.DataFrame, which: str) -> tuple[pd.DataFrame, dict[str, int]]:
     "Keep AP and PA films, PA first: one of each study (`which` is one), or all, numbered from the second on."
     frontal = films[films["view"].isin(["PA", "AP"])]
@@ -251,7 +252,9 @@ def _frontals(films: pd.DataFrame, which: str) -> tuple[pd.DataFrame, dict[str, 
     kept = frontal[number == 0] if which == "one" else frontal
     names = kept["study"].where(number[kept.index] == 0, kept["study"] + "-" + (number[kept.index] + 1).astype(str))
     return kept.assign(of=kept["study"], study=names), {
-        "films that are neither AP nor PA": len(films) - len(frontal), "further films of a study": len(frontal) - len(kept)}
+        "films that are neither AP nor PA": len(films) - len(frontal),
+        "further films of a study": len(frontal) - len(kept),
+    }
 
 # %% ../nbs/00g_sources.ipynb #f16f61e0
 def _report_reader(folder: Path) -> Callable[[str], str]:
@@ -275,11 +278,11 @@ def _report_reader(folder: Path) -> Callable[[str], str]:
 
     return read
 
-# %% ../nbs/00g_sources.ipynb #0cbbce0a
+# %% ../nbs/00g_sources.ipynb #8119f1c5
 def chexpert_labels(
     folder: str | Path,  # of MIMIC-CXR-JPG; without mimic-cxr-2.0.0-chexpert.csv.gz there are no labels
 ) -> dict[str, list[str]]:  # "s" and the study's number -> labels as `<label>=<value>`
-    "Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; a label that is not there was not mentioned."
+    "Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; what is not mentioned is not there."
     path = Path(folder) / "mimic-cxr-2.0.0-chexpert.csv.gz"
     if not path.is_file():
         return {}
@@ -289,7 +292,7 @@ def chexpert_labels(
     return {f"s{study}": [f"{name}={float(value):.0f}" for name, value in zip(labels, row, strict=True) if value]
             for study, row in rows}
 
-# %% ../nbs/00g_sources.ipynb #e9459a42
+# %% ../nbs/00g_sources.ipynb #02aac4b8
 def mimic_studies(
     folder: str | Path,  # the tree of MIMIC-CXR-JPG, with the reports of MIMIC-CXR
     train: int | None = None,  # number of training studies; None for all
@@ -306,7 +309,8 @@ def mimic_studies(
     table = listed.merge(splits[["dicom_id", "split"]], on="dicom_id", how="left")
     names = {"train": "train", "validate": "valid", "test": "val"}
     if (lost := ~table["split"].isin(names)).any():
-        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {table['dicom_id'][lost].iloc[0]} has no split")
+        film = table["dicom_id"][lost].iloc[0]
+        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {film} has no split")
     stem = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/s" + table["study_id"]
     table = pd.DataFrame({"study": "s" + table["study_id"], "patient": "p" + table["subject_id"], "stem": stem,
                           "view": table["ViewPosition"], "image": table["dicom_id"], "split": table["split"].map(names),
@@ -347,7 +351,7 @@ def _llava_rad_rows(path: Path) -> list[dict[str, str]]:
                 raise ValueError(f"{path}: entry {number}: {error}") from None
     return rows
 
-# %% ../nbs/00g_sources.ipynb #55224963
+# %% ../nbs/00g_sources.ipynb #5669fb3c
 def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
     "One film of an entry; raises ValueError where the path or the patient cannot be told."
     if not isinstance(image, str):
@@ -359,7 +363,8 @@ def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
     if not study:
         raise ValueError(f"id {entry.get('id')!r} is not <patient>_<study>")
     said = [turn.get("value") for turn in entry.get("conversations") or [] if turn.get("from") == "gpt"]
-    texts = {"findings": said[-1] if said else "", "impression": entry.get("impression"), "indication": entry.get("reason")}
+    texts = {"findings": said[-1] if said else "", "impression": entry.get("impression"),
+             "indication": entry.get("reason")}
     return {
         "study": f"s{study}", "patient": f"p{patient}", "view": str(entry.get("view") or "").upper(),
         "film": f"files/{known[1]}" if known else path.removeprefix("mimic/"), "image": path.rsplit("/", 1)[-1],
@@ -410,7 +415,7 @@ FOLDER_COLUMNS: dict[str, str] = {  # column of a user's CSV -> meaning
 }
 _SPLIT_NAMES: dict[str, str] = {"validate": "valid", "validation": "valid", "dev": "valid", "test": "val"}
 
-# %% ../nbs/00g_sources.ipynb #eebc9edb
+# %% ../nbs/00g_sources.ipynb #0f426c5f
 def _folder_texts(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     "Findings, impression and indication of a user's table, from its columns or out of its reports."
     if "report" in table and "findings" in table:
@@ -421,10 +426,10 @@ def _folder_texts(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     cut = [report_sections(text) for text in table["report"]]
     said = [text.strip() != "" and not sections for text, sections in zip(table["report"], cut, strict=True)]
     if any(said):
-        raise ValueError(f"{path}: row {said.index(True) + 1}, column report: no section and no sentence was found in it")
+        raise ValueError(f"{path}: row {said.index(True) + 1}, column report: it has no section and no sentence")
     return table.assign(**{part: [sections.get(part, "") for sections in cut] for part in parts})
 
-# %% ../nbs/00g_sources.ipynb #4a5b2b97
+# %% ../nbs/00g_sources.ipynb #45776246
 def folder_studies(
     path: str | Path,  # the CSV; films lie below its folder unless paths say otherwise
     credentialed: bool = True,  # whether the texts must stay on this machine
@@ -450,8 +455,9 @@ def folder_studies(
         table = cut_fold(table, 0.1, seed, "val")
         said["studies whose split was drawn"] = int((~silent).sum())
     said |= {} if named else {"studies that count as a patient each": len(table)}
-    table = table.assign(view=view, source="folder", credentialed=credentialed, licence=table.get("licence", "not stated"),
-                         mesh=[[] for _ in films], labels=[[] for _ in films])
+    empty = [[] for _ in films]
+    table = table.assign(view=view, source="folder", credentialed=credentialed, mesh=empty, labels=empty,
+                         licence=table.get("licence", "not stated"))
     return validate_studies(table[list(COLUMNS)], str(path)), said
 
 # %% ../nbs/00g_sources.ipynb #76d5602a

@@ -92,15 +92,15 @@ def is_lateral(
     "Recognise the names of lateral views."
     return _LATERAL.fullmatch(view) is not None
 
-# %% ../nbs/00e_studies.ipynb #26fe54fd
+# %% ../nbs/00e_studies.ipynb #10671565
 def validate_studies(
     studies: pd.DataFrame,  # the table of studies, see `SCHEMA`
     source: str,  # file or collection that errors should name
 ) -> pd.DataFrame:  # the same table
     """Check the table of studies and return it.
 
-    A row's identifier is unique, a patient belongs to one split, views are frontal, paths stay in their folder, and there is
-    text to learn from wherever something is learned or scored. Raises ValueError naming source, row and column."""
+    A row's identifier is unique, a patient belongs to one split, views are frontal, paths stay in their folder, and
+    there is text wherever something is learned or scored. Raises ValueError naming source, row and column."""
     absent = [column for column in COLUMNS if column not in studies]
     if absent:
         raise ValueError(f"{source}: column {', '.join(absent)} is missing; columns are {', '.join(COLUMNS)}")

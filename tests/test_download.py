@@ -98,7 +98,8 @@ def get(server: Server, folder: Path, **options) -> tuple[Path, list[str]]:
 
 def hidden(folder: Path) -> list[str]:
     """Files that a download leaves behind, but for its lock."""
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".") and not path.name.endswith(".lock"))
+    names = (path.name for path in folder.iterdir() if path.name.startswith("."))
+    return sorted(name for name in names if not name.endswith(".lock"))
 
 
 def test_dropped_connections_are_taken_up(server: Server, tmp_path: Path):

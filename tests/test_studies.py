@@ -14,7 +14,13 @@ from PIL import Image
 from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
 from llava_ta.data import FilmStore, make_data
 from llava_ta.sources import (
-    FOLDER_COLUMNS, folder_studies, llava_rad_studies, mimic_studies, openi_films, openi_reports, read_source,
+    FOLDER_COLUMNS,
+    folder_studies,
+    llava_rad_studies,
+    mimic_studies,
+    openi_films,
+    openi_reports,
+    read_source,
 )
 from llava_ta.studies import FITTED, SCHEMA, is_credentialed, load_studies
 from repository import ROOT
@@ -46,33 +52,32 @@ def film(path: Path, grey: int = 128, size: tuple[int, int] = (30, 40)) -> Path:
 # ---- MIMIC-CXR-JPG 2.1.0
 
 FILMS = [  # dicom, subject, study, view, split
-    ("02aa804e-bde0afdd-112c0b34-7bc16630-4e384014", "10000032", "50414267", "PA", "train"),
-    ("174413ec-4ec4c1f7-34ea26b7-c5f994f8-79ef1962", "10000032", "50414267", "LATERAL", "train"),
-    ("2a2277a9-b0ded155-c0de8eb9-c124d10e-82c5caab", "10000032", "53189527", "AP", "train"),
-    ("e084de3b-be89b11e-20fe3f9f-9c8d8dfe-4cfd202c", "10000032", "53189527", "AP", "train"),
-    ("68b5c4b1-227d0485-9cc38c3f-7b84ab51-4b472714", "10000764", "57375967", "", "validate"),
-    ("096052b7-d256dc40-453a102b-fa7d01c6-1b22c6b4", "10000764", "57375968", "AP", "validate"),
-    ("d8c2d325-82d5d4c7-3b3b1c5b-fc9a1b2a-c8bb1c05", "10000898", "50771383", "PA", "test"),
+    ("080c419e-808129b2-76150ad3-619f74eb-30505d38", "19000001", "59000001", "PA", "train"),
+    ("120b572f-07846870-6fee21f0-0aeb1db3-968ed359", "19000001", "59000001", "LATERAL", "train"),
+    ("2de7a17a-69398fba-facd6a86-c8d28c3e-29b8f66b", "19000001", "59000002", "AP", "train"),
+    ("352df0b6-db72630d-53a13e3d-b226de51-f3dec2db", "19000001", "59000002", "AP", "train"),
+    ("4abca3b3-38d43b59-c827d9df-d110b74e-0dc4343b", "19000002", "59000003", "", "validate"),
+    ("54d9dbf2-2fa80a66-782a2cbf-257344ef-8cf31d6e", "19000002", "59000004", "AP", "validate"),
+    ("68b65972-4cc4cfd6-0f8dce72-232ec5d8-5d6cf5f2", "19000003", "59000005", "PA", "test"),
 ]
 REPORTS = {
-    "50414267": "                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with "
+    "59000001": "                     FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with "
                 "cough\n\n FINDINGS: \n \n A small left effusion is seen. \n \n IMPRESSION: \n \n Small effusion.\n",
-    "53189527": " FINAL REPORT\n HISTORY:  Cough.\n\n One frontal film.  The heart is large.\n\n IMPRESSION:  Large heart.",
-    "57375967": "FINDINGS: Clear.",
-    "57375968": "                                 FINAL REPORT\n AP CHEST\n\n IMPRESSION:  No change.",
-    "50771383": "WET READ: ___ 10:00 AM\n  Wrong.\n ______\n                 FINAL REPORT\n FINDINGS AND IMPRESSION: Clear lungs.",
+    "59000002": " FINAL REPORT\n HISTORY:  Cough.\n\n One film.  The heart is large.\n\n IMPRESSION:  Large heart.",
+    "59000003": "FINDINGS: Clear.",
+    "59000004": "                                 FINAL REPORT\n AP CHEST\n\n IMPRESSION:  No change.",
+    "59000005": "WET READ: ___ 10:00 AM\n  Wrong.\n ______\n      FINAL REPORT\n FINDINGS AND IMPRESSION: Clear lungs.",
 }
 
 
 def mimic_tree(folder: Path, zipped: bool = False) -> Path:
     """Write films, lists and reports as PhysioNet has them."""
-    rows = [dict(zip(("dicom_id", "subject_id", "study_id", "ViewPosition", "split"), row, strict=True)) for row in FILMS]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(FILMS, columns=["dicom_id", "subject_id", "study_id", "ViewPosition", "split"])
     folder.mkdir(parents=True)
-    more = {"PerformedProcedureStepDescription": "CHEST (PA AND LAT)", "Rows": 3056, "Columns": 2544, "StudyDate": 21800506}
+    more = {"PerformedProcedureStepDescription": "CHEST (PA AND LAT)", "Rows": 3056, "Columns": 2544}
     table.drop(columns="split").assign(**more).to_csv(folder / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
     table[["dicom_id", "study_id", "subject_id", "split"]].to_csv(folder / "mimic-cxr-2.0.0-split.csv.gz", index=False)
-    labels = {"subject_id": ["10000032"], "study_id": ["50414267"], "Pleural Effusion": ["1.0"], "Edema": [""]}
+    labels = {"subject_id": ["19000001"], "study_id": ["59000001"], "Pleural Effusion": ["1.0"], "Edema": [""]}
     pd.DataFrame(labels).to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
     for dicom, subject, study, _, _ in FILMS:
         film(folder / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}" / f"{dicom}.jpg")
@@ -92,12 +97,12 @@ def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
     tree = mimic_tree(tmp_path / "mimic", zipped)
     overrides = "data.source=mimic, data.resize=shortest, data.films=all"
     record, table, store, _ = made(tree, tmp_path / "out", overrides)
-    assert table["study"].tolist() == ["s50414267", "s50771383", "s53189527", "s53189527-2", "s57375968"]
-    assert table["split"].tolist() == ["train", "val", "train", "train", "valid"]
-    assert table["view"].tolist() == ["PA", "PA", "AP", "AP", "AP"] and len(store) == 5
-    assert table["findings"].tolist() == ["A small left effusion is seen.", "Clear lungs.", *[
-        "One frontal film. The heart is large."] * 2, "No change."]
-    assert table["section"].tolist() == ["findings", "findings", "text", "text", "impression"]
+    assert table["study"].tolist() == ["s59000001", "s59000002", "s59000002-2", "s59000004", "s59000005"]
+    assert table["split"].tolist() == ["train", "train", "train", "valid", "val"]
+    assert table["view"].tolist() == ["PA", "AP", "AP", "AP", "PA"] and len(store) == 5
+    assert table["findings"].tolist() == [
+        "A small left effusion is seen.", *["One film. The heart is large."] * 2, "No change.", "Clear lungs."]
+    assert table["section"].tolist() == ["findings", "text", "text", "impression", "findings"]
     assert table["indication"][0] == "___F with cough" and list(table["labels"][0]) == ["Pleural Effusion=1"]
     assert table[["height", "width", "resize"]].drop_duplicates().to_numpy().tolist() == [[40, 30, "shortest"]]
     assert is_credentialed(table) and record["left out"] == {"films that are neither AP nor PA": 2}
@@ -107,15 +112,15 @@ def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
 
 def test_mimic_names_what_is_wrong(tmp_path: Path):
     tree = mimic_tree(tmp_path / "mimic")
-    (tree / "files/p10/p10000898/s50771383.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="s50771383.txt does not exist"):
+    (tree / "files/p19/p19000003/s59000005.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="s59000005.txt does not exist"):
         mimic_studies(tree)
     lists = tree / "mimic-cxr-2.0.0-split.csv.gz"
     table = pd.read_csv(lists, dtype=str)
     for broken, expected in {
-        "row 8, column dicom_id: 02aa804e-bde0afdd-112c0b34-7bc16630-4e384014 occurs twice": pd.concat([table, table[:1]]),
+        f"row 8, column dicom_id: {FILMS[0][0]} occurs twice": pd.concat([table, table[:1]]),
         "column split is missing": table.drop(columns="split"),
-        "column split: film 02aa804e-bde0afdd-112c0b34-7bc16630-4e384014 has no split": table[1:],
+        f"column split: film {FILMS[0][0]} has no split": table[1:],
     }.items():
         expected.to_csv(lists, index=False)
         with pytest.raises(ValueError, match=re.escape(f"{lists}: {broken}")):
@@ -141,8 +146,9 @@ def annotation(row: int, method: str, said: str | None, **more) -> dict:
 def llava_rad_lists(folder: Path) -> Path:
     """Write the three lists."""
     lists = {
-        "train": [annotation(0, "rule-based", "An effusion.", reason="cough\n for weeks"), annotation(1, "rule-based", "Lateral."),
-                  annotation(2, "gpt4", "Large heart."), annotation(2, "rule-based", "Large."), annotation(3, "gpt4", "Large.")],
+        "train": [annotation(0, "rule-based", "An effusion.", reason="cough\n for weeks"),
+                  annotation(1, "rule-based", "Lateral."), annotation(2, "gpt4", "Large heart."),
+                  annotation(2, "rule-based", "Large."), annotation(3, "gpt4", "Large.")],
         "dev": [annotation(5, "gpt4", "Clear."), annotation(5, "rule-based", None)],
         "test": [annotation(6, "rule-based", "Clear lungs.", split="test"), annotation(6, "gpt4", "Lungs are clear.")],
     }
@@ -159,8 +165,8 @@ def test_both_test_sets_of_llava_rad(tmp_path: Path, test_set: str, val: str, fi
     overrides = f"data.source=mimic, data.test_set={test_set}, data.annotations={lists}, data.films=all"
     _, table, store, _ = made(tree, tmp_path / "out", overrides)
     assert table.query("split == 'val'")["findings"].tolist() == [val] and len(store) == 5
-    assert table.set_index("study")["findings"]["s53189527"] == first, "the method of the test set is kept"
-    assert table.set_index("study")["indication"]["s50414267"] == "cough for weeks"
+    assert table.set_index("study")["findings"]["s59000002"] == first, "the method of the test set is kept"
+    assert table.set_index("study")["indication"]["s59000001"] == "cough for weeks"
     assert set(table["film"]) <= {str(path.relative_to(tree)) for path in tree.rglob("*.jpg")}
     assert len(llava_rad_studies(tree, lists, test_set, films="one")[0]) == 4
 
