@@ -283,6 +283,8 @@ def make_data(
     data = run.profile.data
     studies, findings, said = studies_of(data)
     before, total = set(studies["split"]), len(studies)
+    if said:
+        run.say(f"data: {'; '.join(f'{number:,} {what}' for what, number in said.items())}")
     if findings is None:
         studies, bad = _store_films(studies, data, out)
         if bad:

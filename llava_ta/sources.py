@@ -28,11 +28,12 @@ from llava_ta.studies import (
     COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
 )
 
-# %% ../nbs/00g_sources.ipynb #7d530210
+# %% ../nbs/00g_sources.ipynb #b7b67f50
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
-    "impression": r"(?:final |overall )?impressions?|conclusions?|summary|interpretation|opinion",
+    "impression": r"(?:final |overall )?impressions?(?: ?(?:and|/|&) ?recommendations?(?:\(s\))?)?"
+                  r"|conclusions?|summary|interpretation|opinion",
     "indication": r"(?:clinical |patient )?(?:indications?|history|information)(?: ?(?:and|/|&) ?"
                   r"(?:indications?|history))?"
                   r"|(?:reasons?|indications?) for (?:the |this )?(?:exam(?:ination)?|study)|reason",
@@ -46,7 +47,7 @@ _HEADING = re.compile(
     rf"^[ \t]*(?P<line>(?i:{_ANY}))[ \t]*:"  # at the start of a line, in any letters
     rf"|^[ \t]*(?P<alone>{_ANY.upper()})[ \t]*$"  # alone on its line
     rf"|(?<=\s)(?P<inside>{_ANY.upper()}):"  # inside a line, in capitals
-    r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):", re.MULTILINE)
+    r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):(?!\d)", re.MULTILINE)
 
 # %% ../nbs/00g_sources.ipynb #d7eda646
 def _final_block(text: str) -> str:
@@ -132,12 +133,12 @@ def parse_openi_report(
         "images": [node.get("id") for node in report.iter("parentImage")],
     }
 
-# %% ../nbs/00g_sources.ipynb #dd9d9c5d
+# %% ../nbs/00g_sources.ipynb #4aa2374a
 @functools.cache
 def openi_reports(
     folder: str = "",  # of Open-i; its NLMCXR_reports/ is preferred to the installed reports
 ) -> pd.DataFrame:  # what `parse_openi_report` finds, one row a report
-    """Read all reports of Open-i: XML files below a folder, else those that torchxrayvision installs, without importing it.
+    """Read the reports of Open-i: XML files below a folder, else those that torchxrayvision installs.
 
     Raises FileNotFoundError when neither is there, ValueError naming a file that is no report."""
     files = sorted(Path(folder, "NLMCXR_reports").rglob("*.xml")) if folder else []

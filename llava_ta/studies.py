@@ -82,15 +82,15 @@ def _refuse(studies: pd.DataFrame, bad: pd.Series, column: str, reason: str, sou
         value, study = studies[column].iloc[at], studies["study"].iloc[at]
         raise ValueError(f"{source}: row {at + 1} (study {study}), column {column}: {value!r} {reason}")
 
-# %% ../nbs/00e_studies.ipynb #7b53f27d
-_LATERAL = re.compile(r"\s*(lat(eral)?|ll|l|rl|rlat|llat|left lateral|right lateral|xtable lateral|swimmers)\s*", re.I)
+# %% ../nbs/00e_studies.ipynb #362e2bcd
+_LATERAL = re.compile(r"\blat(eral)?\b|^(ll|rl|l|r|swimmers)$", re.IGNORECASE)
 
 
 def is_lateral(
     view: str,  # as a source names it
 ) -> bool:  # whether it is a view from the side
     "Recognise the names of lateral views."
-    return _LATERAL.fullmatch(view) is not None
+    return _LATERAL.search(view.strip()) is not None
 
 # %% ../nbs/00e_studies.ipynb #10671565
 def validate_studies(

@@ -260,7 +260,7 @@ def test_a_thousand_films_with_thirty_bad_ones(tmp_path: Path):
     record, table, store, news = made(folder, tmp_path / "out", "data.source=folder")
     refused = pd.read_parquet(tmp_path / "out" / "refused.parquet")
     assert len(table) == len(store) == record["studies"] == 970 and len(refused) == record["refused"] == 30
-    assert "30 of 1,000 films cannot be used" in news[0] and "970 are stored" in news[0]
+    assert "30 of 1,000 films cannot be used" in news[-1] and "970 are stored" in news[-1]
     assert list(refused.columns) == ["study", "film", "reason"] and refused["reason"].str.len().gt(5).all()
     assert not refused["reason"].str.contains(str(tmp_path), regex=False).any(), "a path of this machine in a table"
     assert not set(table["study"]) & set(refused["study"]) and table["row"].tolist() == list(range(970))
