@@ -19,12 +19,12 @@ import pandas as pd
 from safetensors import safe_open
 
 from .core import DataSettings, Run, data_dir, progress, write_table
-from .films import FilmError, Fit, film_header, read_film
+from .films import FilmError, Fit, read_film
 from .grammar import sample_study
 from .ontology import REGIONS
 from .phantom import STEADY, Finding, draw, findings_from_mesh
 from .sources import openi_studies, read_source
-from .studies import COLUMNS, SPLITS, choose_studies, cut_fold, is_lateral, validate_studies
+from .studies import COLUMNS, SPLITS, choose_studies, cut_fold, validate_studies
 
 # %% ../nbs/01_data.ipynb #1ad064b3
 def phantom_studies(
@@ -167,9 +167,6 @@ def fitted_film(
     "Read one real film and fit it to the store; what is wrong with it is returned, not raised."
     path = folder / film
     try:
-        view = str(film_header(path).get("view") or "")
-        if is_lateral(view):
-            return f"is a lateral view ({view})"
         read = read_film(path)
     except (FilmError, OSError) as error:
         return str(error).removeprefix(f"film {path}: ").replace(str(path), film)
