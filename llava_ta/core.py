@@ -308,9 +308,7 @@ def impossible(
          f"data.texts: {data.source} films bring their own reports; use 'source'"),
         (data.source == "mimic" and not data.credentialed,
          "data.credentialed: the texts of MIMIC-CXR are always credentialed; false is for a folder of your own"),
-        (data.source != "mimic" and data.test_set != "official",
-         f"data.test_set: '{data.test_set}' is a test set of MIMIC-CXR; with source '{data.source}' use 'official'"),
-        (data.test_set == "official" and bool(data.annotations),
+        (data.source == "mimic" and data.test_set == "official" and bool(data.annotations),
          "data.annotations: LLaVA-Rad's files hold the test sets 'rule-based' and 'gpt4'; set data.test_set to one"),
         (lm.hidden % lm.heads != 0, f"lm.hidden: {lm.hidden} is not a multiple of lm.heads {lm.heads}"),
         ((lm.hidden // lm.heads) % 2 != 0,
@@ -806,7 +804,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
         wanted.append(("data.dir", profile.data.dir or variable, HOW[f"data.dir {profile.data.source}"]))
         if wanted[-1][1] and profile.data.source == "folder":
             wanted.append(("data.table", str(source_tables(profile.data)[0]), HOW["data.table"]))
-        if profile.data.test_set != "official":
+        if profile.data.source == "mimic" and profile.data.test_set != "official":
             place = profile.data.annotations or wanted[-1][1]
             wanted += [("data.annotations", place and str(Path(place, LLAVA_RAD_LISTS[split])), HOW["data.annotations"])
                        for split in ("train", "test")]

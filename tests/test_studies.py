@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
 from llava_ta.data import FilmStore, make_data
@@ -316,6 +318,38 @@ def test_an_edited_table_makes_the_artefact_stale(tmp_path: Path):
     table.write_text(table.read_text().replace("Clear lungs.", "Large heart.", 1))  # of the same length
     path_digest.cache_clear()
     assert before != [path_digest(path) for path in outside_inputs("data", profile)]
+
+
+def dicom(path: Path, view: str, **fields: str) -> None:
+    """Write a small DICOM film with a patient's data in its header."""
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, "1.2.840.10008.5.1.4.1.1.1.1"
+    meta.MediaStorageSOPInstanceUID = generate_uid()
+    data = pydicom.dataset.Dataset()
+    data.file_meta, data.SOPClassUID, data.SOPInstanceUID = meta, meta.MediaStorageSOPClassUID, generate_uid()
+    data.Modality, data.ViewPosition, data.Rows, data.Columns = "DX", view, 40, 40
+    data.SamplesPerPixel, data.PixelRepresentation, data.PhotometricInterpretation = 1, 0, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit = 16, 12, 11
+    for name, value in fields.items():
+        setattr(data, name, value)
+    data.PixelData = np.arange(1600, dtype=np.uint16).tobytes()
+    data.save_as(path, enforce_file_format=True)
+
+
+def test_no_identifier_of_a_header_gets_out_and_lateral_films_are_refused(tmp_path: Path):
+    folder = tmp_path / "own"
+    who = {"PatientName": "Nobody^Jane", "PatientID": "MRN-4711", "PatientBirthDate": "19010203",
+           "AccessionNumber": "ACC-4712", "ReferringPhysicianName": "Doctor^No"}
+    folder.mkdir()
+    for i in range(40):
+        dicom(folder / f"{i}.dcm", "LL" if i == 3 else "PA", **who)
+    (folder / "studies.csv").write_text("film,findings\n" + "".join(f"{i}.dcm,Clear.\n" for i in range(40)))
+    record, table, _, news = made(folder, tmp_path / "out", "data.source=folder")
+    refused = pd.read_parquet(tmp_path / "out" / "refused.parquet")
+    assert len(table) == 39 and refused["study"].tolist() == ["3"] and "lateral view" in refused["reason"][0]
+    told = [json.dumps(record), *news, table.to_csv(), refused.to_csv()]
+    told += [path.read_bytes().decode("latin-1") for path in (tmp_path / "out").iterdir()]
+    assert not [value for value in who.values() for text in told if value in text]
 
 
 # ---- what is documented
