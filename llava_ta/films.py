@@ -50,6 +50,8 @@ def _naming(path: Path) -> Iterator[None]:
     except Exception as error:  # whatever a decoder raises, the user needs the file's name
         if isinstance(error, _Refusal):
             reason = str(error)
+        elif isinstance(error, OSError) and error.errno:
+            reason = f"cannot be opened ({error.strerror})"
         else:
             said = " ".join(str(error).split())[:160] or type(error).__name__
             reason = f"cannot be read ({said}); it is damaged or cut off: copy or export it again"
@@ -64,27 +66,29 @@ def _is_dicom(path: Path) -> bool:
     "Tell DICOM from everything else by content; refuse what is no file or has no bytes."
     if not path.exists():
         raise _Refusal("does not exist")
-    if path.is_dir():
-        raise _Refusal("is a folder, not a file")
+    if not path.is_file():
+        raise _Refusal("is a folder" if path.is_dir() else "is no ordinary file")
     with path.open("rb") as file:
         start = file.read(132)
     if not start:
         raise _Refusal("is empty (0 bytes); copy or download it again")
     return start[128:] == b"DICM"
 
-# %% ../nbs/00d_films.ipynb #e8c10d57
-def _open_image(path: Path) -> Image.Image:
+# %% ../nbs/00d_films.ipynb #c377f4ad
+@contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
     "Open an image by content and read its header, not its pixels."
-    try:
-        image = Image.open(path, formats=_FORMATS)
-    except Image.UnidentifiedImageError as error:
-        raise _Refusal("is neither DICOM nor PNG, JPEG, TIFF or BMP, whatever its name says, or it is cut off at the "
-                       "start; export it as one of these") from error
-    except Image.DecompressionBombError as error:
-        raise _Refusal(f"has too many pixels ({error})") from error
-    if (frames := getattr(image, "n_frames", 1)) != 1:
-        raise _Refusal(f"holds {frames} pictures; export the one film that is meant")
-    return image
+    with path.open("rb") as file:  # given a name, Pillow 13 maps an uncompressed TIFF into memory and turns it wrongly
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        except Image.UnidentifiedImageError as error:
+            raise _Refusal("is neither DICOM nor PNG, JPEG, TIFF or BMP, whatever its name says, or it is cut off at "
+                           "the start; export it as one of these") from error
+        except Image.DecompressionBombError as error:
+            raise _Refusal(f"has too many pixels ({error})") from error
+        if (frames := getattr(image, "n_frames", 1)) != 1:
+            raise _Refusal(f"holds {frames} pictures; export the one film that is meant")
+        yield image
 
 # %% ../nbs/00d_films.ipynb #2b989185
 MIN_SIDE: int = 32  # pixels
@@ -191,8 +195,10 @@ _VIEWS = {  # as terms, and as SNOMED CT and SNOMED RT codes
 
 def _view(data: pydicom.Dataset) -> str:
     "PA, AP or LATERAL from a DICOM header, or nothing."
-    codes = [f"{item.get('CodeValue', '')} {item.get('CodeMeaning', '')}" for item in data.get("ViewCodeSequence") or ()]
-    said = " ".join([str(data.get("ViewPosition") or ""), *codes]).upper()
+    said = [data.get("ViewPosition")]
+    for item in data.get("ViewCodeSequence") or ():
+        said += [item.get("CodeValue"), item.get("CodeMeaning")]
+    said = " ".join(map(str, filter(None, said))).upper()
     if re.search(r"DECUB|OBLIQUE|\b[LR]LD\b", said):
         said = re.sub(_VIEWS["LATERAL"], "", said)
     return next((view for view, pattern in _VIEWS.items() if re.search(pattern, said)), "")
@@ -245,7 +251,7 @@ class FilmHeader:
 def _header_of(data: pydicom.Dataset) -> FilmHeader:
     "The header of a DICOM film."
     if not {"Rows", "Columns", "BitsAllocated", "PhotometricInterpretation"} <= set(data.dir()):
-        raise _Refusal(f"is DICOM without a picture (modality {data.get('Modality') or 'not stated'}), or it is cut off")
+        raise _Refusal(f"is DICOM without a picture (modality {data.get('Modality') or 'not stated'}), or is cut off")
     syntax = data.file_meta.get("TransferSyntaxUID")
     return FilmHeader(
         int(data.Rows), int(data.Columns), "DICOM", int(data.get("BitsStored") or data.BitsAllocated),
@@ -450,10 +456,7 @@ def _axis(length: int, other: int, size: int, resize: str) -> tuple[int, int]:
         resized = max(1, round(size * length / other))
     return resized, round((resized - size) / 2)
 
-
-assert _axis(300, 200, 100, "shortest") == (150, 25) and _axis(200, 300, 100, "shortest") == (100, 0)
-
-# %% ../nbs/00d_films.ipynb #8db40dd6
+# %% ../nbs/00d_films.ipynb #5d2191a0
 def _sources(length: int, axis: tuple[int, int], size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
     "Position of each original pixel's centre on a map of `n` cells, float [length]; whether it lies on the map."
     resized, offset = axis
@@ -471,7 +474,7 @@ def _interpolated(values: np.ndarray, at: np.ndarray, axis: int) -> np.ndarray:
     below, above = np.take(values, low, axis), np.take(values, np.minimum(low + 1, n - 1), axis)
     return below + (above - below) * weight
 
-# %% ../nbs/00d_films.ipynb #10b3ccf5
+# %% ../nbs/00d_films.ipynb #d7ad79e5
 @dataclass(frozen=True)
 class Fit:
     """How one film becomes a square, and how something on the square is drawn back on the film.
@@ -544,7 +547,7 @@ class Fit:
             raise ValueError(f"a Fit has {', '.join(sorted(names))}, not {', '.join(sorted(values))}")
         return cls(**values)
 
-# %% ../nbs/00d_films.ipynb #3963f09b
+# %% ../nbs/00d_films.ipynb #fe538a26
 def _squared(film: np.ndarray, axes: tuple[tuple[int, int], tuple[int, int]], size: int) -> np.ndarray:
     "Resize, then cut or add what the axes say."
     (rows, top), (columns, left) = axes
@@ -583,7 +586,7 @@ def _edges(k: int, axis: tuple[int, int], length: int, size: int, grid: int) -> 
     first, beyond = (round((edge * size / grid + offset) * length / resized) for edge in (k, k + 1))
     return min(max(first, 0), length), min(max(beyond, 0), length)
 
-# %% ../nbs/00d_films.ipynb #5075637d
+# %% ../nbs/00d_films.ipynb #90ba0f5e
 def fit_film(
     film: np.ndarray,  # float32 [H, W] in [0, 1]
     size: int,  # side of the result in pixels
@@ -592,7 +595,7 @@ def fit_film(
     "Bring a film to a square: the short form of `Fit`. Raises ValueError for an unknown way."
     return Fit(*film.shape, size, resize).apply(film)
 
-# %% ../nbs/00d_films.ipynb #9ba0e610
+# %% ../nbs/00d_films.ipynb #7dc12091
 def film_uri(
     film: np.ndarray,  # float32 [H, W] or [H, W, 3] in [0, 1]
     size: int = 0,  # longest side in pixels; 0 keeps the film's own
