@@ -28,7 +28,7 @@ from llava_ta.studies import (
     COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
 )
 
-# %% ../nbs/00g_sources.ipynb #b7b67f50
+# %% ../nbs/00g_sources.ipynb #b54d8638
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
@@ -46,7 +46,7 @@ _ANY = "|".join(_HEADINGS.values())
 _HEADING = re.compile(
     rf"^[ \t]*(?P<line>(?i:{_ANY}))[ \t]*:"  # at the start of a line, in any letters
     rf"|^[ \t]*(?P<alone>{_ANY.upper()})[ \t]*$"  # alone on its line
-    rf"|(?<=\s)(?P<inside>{_ANY.upper()}):"  # inside a line, in capitals
+    rf"|(?<=\s)(?=[A-Z]{{4}})(?P<inside>{_ANY.upper()}):"  # inside a line, in capitals
     r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):(?!\d)", re.MULTILINE)
 
 # %% ../nbs/00g_sources.ipynb #d7eda646

@@ -6,13 +6,13 @@
 __all__ = ['SPLITS', 'VIEWS', 'SECTIONS', 'SCHEMA', 'COLUMNS', 'FITTED', 'film_path', 'is_lateral', 'validate_studies',
            'load_studies', 'is_credentialed', 'seeded_order', 'choose_studies', 'cut_fold', 'read_listing']
 
-# %% ../nbs/00e_studies.ipynb #165b95d6
+# %% ../nbs/00e_studies.ipynb #e14f4fc4
 import csv
 import hashlib
 import io
 import re
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,7 @@ FITTED: dict[str, str] = {  # columns that the step adds once films are stored -
     "resize": "how it became square: `squash`, `shortest` or `pad`; with height and width enough to draw masks back",
 }
 
-# %% ../nbs/00e_studies.ipynb #8734f33b
+# %% ../nbs/00e_studies.ipynb #88308aa5
 def film_path(
     text: str,  # as a table gives it
 ) -> str:  # relative, with forward slashes
@@ -59,9 +59,10 @@ def film_path(
         raise ValueError("is absolute; give the path below the folder of films")
     if ".." in path.split("/"):
         raise ValueError("leaves the folder of films ('..')")
-    if not path or "\0" in path:
+    short = "/".join(part for part in path.split("/") if part not in ("", "."))
+    if not short or "\0" in short:
         raise ValueError("is not a path")
-    return str(PurePosixPath(path))
+    return short
 
 # %% ../nbs/00e_studies.ipynb #84fb8863
 def _film_paths(listed: Iterable[str], source: str) -> list[str]:
