@@ -189,7 +189,7 @@ def each(
 # %% ../nbs/01_data.ipynb #d3abe907
 def studies_of(
     data: DataSettings,  # data section of a profile
-) -> tuple[pd.DataFrame, list[list[Finding]] | None, dict[str, int]]:  # studies; findings to draw, if drawn; left out
+) -> tuple[pd.DataFrame, list[list[Finding]] | None, dict[str, int]]:  # studies; findings to draw, if drawn; notes of the source
     "Make the table of studies of a source, with the `valid` fold cut. Errors as in `read_source`."
     findings, said = None, {}
     if data.source == "phantom":
@@ -296,7 +296,7 @@ def make_data(
     resize = "drawn at this size" if data.source == "phantom" else data.resize
     per_split = {split: int((studies["split"] == split).sum()) for split in SPLITS}
     substitutes = int((~studies["section"].isin(["findings", "none"])).sum())
-    return {"studies": len(studies), **per_split, **counts, "not a findings section": substitutes, "left out": said,
+    return {"studies": len(studies), **per_split, **counts, "not a findings section": substitutes, "notes": said,
             "size": data.size, "resize": resize}
 
 # %% ../nbs/01_data.ipynb #9548c1bc

@@ -109,7 +109,7 @@ def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
     assert table["section"].tolist() == ["findings", "text", "text", "impression", "findings"]
     assert table["indication"][0] == "___F with cough" and list(table["labels"][0]) == ["Pleural Effusion=1"]
     assert table[["height", "width", "resize"]].drop_duplicates().to_numpy().tolist() == [[60, 48, "shortest"]]
-    assert is_credentialed(table) and record["left out"] == {"films that are neither AP nor PA": 2}
+    assert is_credentialed(table) and record["notes"] == {"films that are neither AP nor PA": 2}
     one, said = mimic_studies(tree)
     assert len(one) == 4 and said["further films of a study"] == 1
 
@@ -210,7 +210,7 @@ def test_open_i_as_the_archives_unpack(tmp_path: Path):
     record, table, store, _ = made(tmp_path / "openi", tmp_path / "out", "data.source=openi")
     assert len(table) == len(store) == 23 and (table["film"].str.split("/").str[0] == "NLMCXR_png").all()
     assert (table["findings"] == "Made up for study " + table["study"].str[3:] + ".").all()
-    assert record["val"] == 3 and record["left out"] == {"studies without a film": len(manifest) - 23}
+    assert record["val"] == 3 and record["notes"] == {"studies without a film": len(manifest) - 23}
     assert not is_credentialed(table) and set(table["indication"]) == {"Cough"}
 
 
