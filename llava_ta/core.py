@@ -669,21 +669,18 @@ MIMIC_LISTS: tuple[str, ...] = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.
 LLAVA_RAD_LISTS: dict[str, str] = {  # split of LLaVA-Rad -> its annotation file
     split: f"chat_{split}_MIMIC_CXR_all_gpt4extract_rulebased_v1.json" for split in ("train", "dev", "test")}
 
-# %% ../nbs/00_core.ipynb #f9e078d3
+# %% ../nbs/00_core.ipynb #23335334
 def source_tables(
     data: DataSettings,  # data section of a profile
 ) -> list[Path]:  # files, there or not
     "The tables that a source of real films is read from; FileNotFoundError if its folder is not set."
     if data.source == "phantom":
         return []
-    folder = data_dir(data)
-    if data.source == "folder":
-        return [folder / data.table]
-    if data.source == "openi":
-        return [folder / "index.csv"]
-    if data.test_set == "official":
-        return [folder / name for name in MIMIC_LISTS]
-    return [Path(data.annotations or folder).absolute() / name for name in LLAVA_RAD_LISTS.values()]
+    if data.source == "mimic" and data.test_set != "official":
+        lists = Path(data.annotations).absolute() if data.annotations else data_dir(data)
+        return [lists / name for name in LLAVA_RAD_LISTS.values()]
+    names = {"folder": (data.table,), "openi": ("index.csv",), "mimic": MIMIC_LISTS}[data.source]
+    return [data_dir(data) / name for name in names]
 
 # %% ../nbs/00_core.ipynb #ce34c4e2
 TABLES: dict[str, tuple[str, ...]] = {  # step -> tables of the package that shape its artefact
@@ -790,6 +787,17 @@ class Preflight:
         need = f"about {disk}, {memory}, {hours} of one {self.device}"
         return "\n".join([*lines, f"needs:  {need} (estimates from the profile)"])
 
+# %% ../nbs/00_core.ipynb #f1ff515e
+def _absent_data(data: DataSettings) -> list[tuple[str, str, str]]:
+    "What a source of real films is read from: its folder, and the tables that it cannot do without."
+    folder = data.dir or os.environ.get(f"LLAVA_TA_{data.source.upper()}_DIR", "")
+    key = "data.dir mimic" if data.test_set == "official" else "data.annotations"
+    key = {"mimic": key, "folder": "data.table"}.get(data.source, "")
+    known = folder or (key == "data.annotations" and data.annotations)
+    tables = [str(path) for path in source_tables(data) if path.name != LLAVA_RAD_LISTS["dev"]] if known else [""]
+    return [("data.dir", folder, HOW[f"data.dir {data.source}"]),
+            *((key.split()[0], path, HOW[key]) for path in tables if key and (known or key != "data.dir mimic"))]
+
 # %% ../nbs/00_core.ipynb #f06091e6
 def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
     "Files and folders that a profile names and that are not there."
@@ -799,15 +807,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
         ("segment.weights", str(cxas_weights(profile.segment.weights)) if profile.segment.name == "cxas" else ""),
     ]
     wanted = [(key, path, HOW[key]) for key, path in named if path]
-    if profile.data.source != "phantom":
-        variable = os.environ.get(f"LLAVA_TA_{profile.data.source.upper()}_DIR", "")
-        wanted.append(("data.dir", profile.data.dir or variable, HOW[f"data.dir {profile.data.source}"]))
-        if wanted[-1][1] and profile.data.source == "folder":
-            wanted.append(("data.table", str(source_tables(profile.data)[0]), HOW["data.table"]))
-        if profile.data.source == "mimic" and profile.data.test_set != "official":
-            place = profile.data.annotations or wanted[-1][1]
-            wanted += [("data.annotations", place and str(Path(place, LLAVA_RAD_LISTS[split])), HOW["data.annotations"])
-                       for split in ("train", "test")]
+    wanted += _absent_data(profile.data) if profile.data.source != "phantom" else []
     if profile.segment.name == "offline":
         wanted.append(("offline weights", str(outside_inputs("segment", profile)[-1]), HOW["offline weights"]))
     return tuple(row for row in wanted if not row[1] or not Path(row[1]).exists())

@@ -189,7 +189,7 @@ def each(
 # %% ../nbs/01_data.ipynb #d3abe907
 def studies_of(
     data: DataSettings,  # data section of a profile
-) -> tuple[pd.DataFrame, list[list[Finding]] | None, dict[str, int]]:  # studies; findings to draw, if drawn; notes of the source
+) -> tuple[pd.DataFrame, list[list[Finding]] | None, dict[str, int]]:  # studies; what to draw; notes
     "Make the table of studies of a source, with the `valid` fold cut. Errors as in `read_source`."
     findings, said = None, {}
     if data.source == "phantom":
