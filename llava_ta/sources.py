@@ -173,7 +173,7 @@ def openi_studies(
                            labels=[[] for _ in range(len(joined))])
     return _finish(fill_findings(joined), str(path), {})
 
-# %% ../nbs/00g_sources.ipynb #2b8a008a
+# %% ../nbs/00g_sources.ipynb #5231d513
 def _openi_index(folder: Path) -> pd.DataFrame:
     "Primary frontal films of a folder with index.csv: study and film."
     index = read_listing(folder / "index.csv", ["uid", "file", "primary_frontal"])
@@ -187,8 +187,8 @@ def _openi_index(folder: Path) -> pd.DataFrame:
 def _openi_archive(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
     "Films of the public archive that the manifest names: study and film."
     base = folder / "NLMCXR_png" if (folder / "NLMCXR_png").is_dir() else folder
-    there = {file.stem: str(file.relative_to(folder)) for file in base.rglob("*")
-             if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm")}
+    films = (file.relative_to(folder) for file in base.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".dcm"))
+    there = {film.stem: film.as_posix() for film in films if not any(part.startswith(".") for part in film.parts)}
     return images.assign(film=images["film"].map(there)).dropna()
 
 # %% ../nbs/00g_sources.ipynb #f54bcb1e
