@@ -50,11 +50,13 @@ demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/repo
 
 .PHONY: openi-dir
 openi-dir:
-	@if [ -z "$(OPENI_DIR)" ] || [ ! -f "$(OPENI_DIR)/index.csv" ] || [ ! -d "$(OPENI_DIR)/frontal" ]; then \
-	  echo "make openi needs OPENI_DIR, a folder that holds index.csv and frontal/ (see data_manifests/README.md);" \
+	@if [ -z "$(OPENI_DIR)" ] || { [ ! -d "$(OPENI_DIR)/NLMCXR_png" ] && \
+	    { [ ! -f "$(OPENI_DIR)/index.csv" ] || [ ! -d "$(OPENI_DIR)/frontal" ]; }; }; then \
+	  echo "make openi needs OPENI_DIR, a folder that holds NLMCXR_png/, or index.csv and frontal/" \
+	       "(see data_manifests/README.md);" \
 	       "OPENI_DIR is '$(OPENI_DIR)'." >&2; exit 2; fi
 
-openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-with-index.csv-and-frontal
+openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-of-open-i
 	@mkdir -p runs/openi/notebooks
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)

@@ -28,7 +28,7 @@ from plotly.subplots import make_subplots
 from scipy.ndimage import binary_dilation
 
 from .core import Profile, Run, best_device, progress, write_table
-from .data import FilmStore, load_studies, seeded_order, unpack_masks
+from .data import FilmStore, unpack_masks
 from .decompose import RuleDecomposer
 from .features import FeatureStore
 from .generate import Prompt, answer, study_prompts
@@ -38,6 +38,7 @@ from .model import IMAGE_TOKEN, LlavaTA
 from .ontology import ASKED, region_set
 from .packing import Batch, Row, Sample, build_tree, collate, write_row
 from .segment import MaskStore
+from .studies import load_studies, seeded_order
 
 # %% ../nbs/08_attention.ipynb #1b555229
 @contextmanager

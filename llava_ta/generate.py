@@ -17,8 +17,8 @@ import pandas as pd
 import torch
 
 from .core import Run, best_device, progress, write_table
-from .data import fit_film, read_film
 from .features import FeatureStore, film_features, image_names
+from .films import fit_film, read_film
 from .mapping import union_mask
 from .model import LlavaTA
 from .ontology import ASKED, region_set

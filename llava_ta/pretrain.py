@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import RESUME, Run, atomic_path, best_device, progress, write_table
-from .data import FilmStore, fit_film
+from .data import FilmStore
+from .films import fit_film
 from .mapping import segmented_image
 from .model import IMAGE, LlavaConfig, LlavaTA, VisionTower, prompt_pieces, small_llama, train_tokenizer
 from .segment import MaskStore

@@ -36,9 +36,10 @@ from llava_ta.core import (
     preflight,
     run_pipeline,
 )
-from .data import FilmStore, film_uri
+from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import difference, over_seeds, published_html
+from .films import film_uri
 from .ontology import REGIONS, TOPICS, region_set
 from .segment import REGION_COLOURS, MaskStore
 
