@@ -172,9 +172,10 @@ class FilmReader(torch.nn.Module):
     ):
         super().__init__()
         layers: list[torch.nn.Module] = []
-        for k, (before, after) in enumerate(zip((1, *widths), widths)):
+        for k, (before, after) in enumerate(zip((1, *widths), widths, strict=False)):
             layers += [torch.nn.Conv2d(before, after, 3, stride=1 if k else 2, padding=1, bias=False),
-                       torch.nn.BatchNorm2d(after), torch.nn.ReLU(), torch.nn.MaxPool2d(2) if k else torch.nn.Identity()]
+                       torch.nn.BatchNorm2d(after), torch.nn.ReLU()]
+            layers += [torch.nn.MaxPool2d(2)] if k else []  # the first one strides
         self.features = torch.nn.Sequential(*layers)
         self.head = torch.nn.Linear(2 * widths[-1], questions)
 
@@ -273,8 +274,8 @@ def real_against_phantom(
         found = read_films(fit_reader(small[train], labels[train, None], 12, seed), small[test])[:, 0]
     else:
         features = film_features(films, clue)
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500)).fit(features[train], labels[train])
-        found = model.decision_function(features[test])
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=500))
+        found = model.fit(features[train], labels[train]).decision_function(features[test])
     return float(roc_auc_score(labels[test], found))
 
 # %% ../nbs/01b_realism.ipynb #7269c48d
