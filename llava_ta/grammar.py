@@ -16,22 +16,13 @@ from itertools import cycle
 import numpy as np
 import yaml
 
-from .phantom import KINDS, Finding
-
-# %% ../nbs/00c_grammar.ipynb #c1dbf4f2
-def _phantom_table() -> tuple[dict[str, dict], list[list[str]]]:
-    """The phantom's kinds with how they are sampled, and the groups of kinds that exclude one another."""
-    table = yaml.safe_load(resources.files("llava_ta").joinpath("phantom.yaml").read_text(encoding="utf-8"))
-    return table["kinds"], table["excludes"]
+from .phantom import EXCLUDES, KINDS, RECORDS, Finding
 
 # %% ../nbs/00c_grammar.ipynb #ea865f3e
-_RECORDS, _EXCLUDES = _phantom_table()
-
-
 def _group_kinds() -> list[list[str]]:
     """The slots: kinds that exclude one another, directly or through a third."""
     slots = [[kind] for kind in KINDS]
-    for group in _EXCLUDES:
+    for group in EXCLUDES:
         joined = [slot for slot in slots if set(slot) & set(group)]
         slots = [slot for slot in slots if slot not in joined] + [sum(joined, [])]
     return slots
@@ -46,7 +37,7 @@ def _bounds(rate: float) -> list[list[tuple[str, float]]]:
     if not 0 <= rate < 1:
         raise ValueError(f"rate {rate!r}: the share of studies with a finding is at least 0 and below 1, because "
                          "independent findings can all be absent")
-    weights = [[float(_RECORDS[kind]["weight"]) for kind in slot] for slot in _SLOTS]
+    weights = [[float(RECORDS[kind]["weight"]) for kind in slot] for slot in _SLOTS]
     filled = [1 - (1 - rate) ** (sum(w) / sum(map(sum, weights))) for w in weights]
     return [list(zip(slot, p * np.cumsum(w) / sum(w), strict=True))
             for slot, w, p in zip(_SLOTS, weights, filled, strict=True)]
@@ -414,7 +405,7 @@ def write_report(
 # %% ../nbs/00c_grammar.ipynb #13a6cda3
 def _look(kind: str, site: float, side: float, grade: float) -> Finding:
     """A finding of this kind with the site, side and severity that three numbers in [0, 1) choose."""
-    record = _RECORDS[kind]
+    record = RECORDS[kind]
     grades = ["", "mild", "moderate", "severe"] if record.get("graded") else [""]
     sites, sides = record.get("sites", [""]), record.get("sides", [""])
     where = sites[int(site * len(sites))]

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .core import progress
-from .data import fit_film, read_film, seeded_order
+from .films import fit_film, read_film
 from .phantom import KINDS, Finding, draw, sample_findings
 
 # %% ../nbs/01b_realism.ipynb #f60dadfc

@@ -10,34 +10,10 @@ import yaml
 from llava_ta.data import openi_reports
 from llava_ta.decompose import RuleDecomposer
 from llava_ta.grammar import WORDED, Statement, report_sentences, sample_study, write_report
-from llava_ta.phantom import KINDS, Finding, findings_from_mesh
+from llava_ta.phantom import EXCLUDES, KINDS, RECORDS, Finding, findings_from_mesh
 from repository import LIB
 
 GRAMMAR = yaml.safe_load((LIB / "grammar.yaml").read_text(encoding="utf-8"))
-PHANTOM = yaml.safe_load((LIB / "phantom.yaml").read_text(encoding="utf-8"))
-# Kinds that have wordings before they can be drawn: topic, sites, sides, graded.
-NEW = {
-    "rotation": ("special-patient status", [""], ["right", "left"], False),
-    "underexposed": ("special-patient status", [""], [""], False),
-    "vertebral deformity": ("organ-bones", [""], [""], True),
-    "osteopenia": ("organ-bones", [""], [""], True),
-    "rib deformity": ("organ-bones", [""], ["right", "left"], False),
-    "hilar enlargement": ("organ-mediastinum", [""], ["right", "left", "bilateral"], False),
-    "free air": ("organ-abdomen", [""], ["right", "left", "bilateral"], False),
-    "bulla": ("organ-lungs", ["apex", "upper"], ["right", "left"], False),
-    "valve": ("special-support devices", [""], [""], False),
-    "chest tube": ("special-support devices", [""], ["right", "left"], False),
-    "stent": ("special-support devices", [""], [""], False),
-    "peribronchial thickening": ("disease-lung opacity", [""], [""], True),
-    "epicardial fat": ("organ-heart", [""], [""], False),
-}
-
-
-@pytest.fixture(autouse=True)
-def new_kinds(monkeypatch: pytest.MonkeyPatch):
-    for kind, (topic, *_) in NEW.items():
-        if kind not in KINDS:
-            monkeypatch.setitem(KINDS, kind, topic)
 
 
 def some(
@@ -45,11 +21,9 @@ def some(
     rng: np.random.Generator,
 ) -> Finding:  # with a site, a side and a severity that the kind can have
     """Draw one finding of a kind."""
-    record = PHANTOM["kinds"].get(kind)
-    _, sites, sides, graded = NEW[kind] if record is None else (
-        "", record.get("sites", [""]), record.get("sides", [""]), record.get("graded"))
-    site, side = str(rng.choice(sites)), str(rng.choice(sides))
-    grade = str(rng.choice(["", "mild", "moderate", "severe"])) if graded else ""
+    record = RECORDS[kind]
+    site, side = (str(rng.choice(record.get(name, [""]))) for name in ("sites", "sides"))
+    grade = str(rng.choice(["", "mild", "moderate", "severe"])) if record.get("graded") else ""
     return Finding(kind, site, "left" if site == "lingula" else side, grade)
 
 
@@ -66,7 +40,7 @@ def misread(
 
 
 def test_every_kind_has_wordings():
-    assert set(PHANTOM["kinds"]) <= set(KINDS) and set(KINDS) <= set(WORDED)
+    assert set(KINDS) == set(WORDED)
     assert not [k for k, r in GRAMMAR["kinds"].items() if len([*r["says"], *r.get("noun", ()), *r.get("mass", ())]) < 3]
     rng = np.random.default_rng(0)
     poor = {}
@@ -120,7 +94,7 @@ def test_reports_are_true():
 def test_nothing_exclusive_in_one_study(correlation: float):
     for k in range(1000):
         kinds = {finding.kind for finding in sample_study(np.random.default_rng(k), correlation, 0.95)[0]}
-        assert not [group for group in PHANTOM["excludes"] if len(kinds & set(group)) > 1]
+        assert not [group for group in EXCLUDES if len(kinds & set(group)) > 1]
 
 
 def test_the_same_generator_gives_the_same_study():
