@@ -291,6 +291,11 @@ def test_eight_bits_are_as_in_a_png(tmp_path: Path, photometric: str):
         assert np.abs(read_film(path) - EIGHT / 255).max() < 1e-6
 
 
+def test_a_falling_rescale_inverts_eight_bits(tmp_path: Path):
+    path = save(tmp_path / "film", 255 - EIGHT, RescaleSlope=-1, RescaleIntercept=255)
+    assert np.abs(read_film(path) - EIGHT / 255).max() < 1e-6
+
+
 def test_a_window_without_width_is_absent(tmp_path: Path, plain: np.ndarray):
     for k, more in enumerate((dict(WindowCenter=0, WindowWidth=0), dict(WindowCenter="", WindowWidth=""))):
         assert np.array_equal(read_film(save(tmp_path / str(k), RAW, **more)), plain)
