@@ -695,7 +695,7 @@ def outside_inputs(
     package, data = Path(str(importlib.resources.files("llava_ta"))), profile.data
     found = [package / name for name in TABLES.get(step, ())]
     if step == "data" and data.source == "phantom":
-        found += [package / "phantom.yaml", package / "grammar.yaml"]
+        found += [package / name for name in ("phantom.yaml", "grammar.yaml", "weights/lung_shapes.json")]
     if step == "data" and "openi" in (data.source, data.texts):
         found.append(root() / "data_manifests" / "openi.csv")
     if step == "data" and data.source != "phantom":

@@ -61,8 +61,8 @@ ANATOMY: dict[str, tuple[float, float]] = {  # name: mean, standard deviation
     "dx": (0, 0.06), "dy": (0.0, 0.05),
     # who it is: `female` above 0 is a woman; chest, lung, fat, breast and heart_depth in cm
     "female": (0, 1.0), "chest": (20, 1.8), "lung": (15.5, 1.5), "fat": (1.4, 0.9), "breast": (2.2, 1.2),
-    "breast_x": (0.42, 0.05), "breast_y": (0.30, 0.07), "trunk": (1.17, 0.09), "flank": (1.10, 0.16), "neck": (0.75, 0.14),
-    "shoulder": (-0.72, 0.07), "arm": (1.24, 0.12), "arm_out": (0.12, 0.14),
+    "breast_x": (0.42, 0.05), "breast_y": (0.30, 0.07), "trunk": (1.17, 0.09), "flank": (1.10, 0.16),
+    "neck": (0.75, 0.14), "shoulder": (-0.72, 0.07), "arm": (1.24, 0.12), "arm_out": (0.12, 0.14),
     # lungs: the modes of their shape in standard deviations, half-width, apex, breath, height of each dome
     **{f"mode{k}": (0.0, 0.8) for k in range(10)}, "width": (0.79, 0.02), "apex": (-0.74, 0.04), "breath": (1.0, 0.04),
     "lift_r": (0, 0.015), "lift_l": (0, 0.015), "flat": (0.05, 0.05),
@@ -107,7 +107,7 @@ def sample_anatomy(
 
 # %% ../nbs/00b_phantom.ipynb #50a2efb0
 _SHAPES: dict[str, dict[str, tuple[str, float, float]]] = {  # kind -> name: + or *, value, more of it by grade
-    "cardiomegaly": {"heart": ("*", 1.10, 0.21), "atrium": ("*", 1.0, 0.12)},
+    "cardiomegaly": {"heart": ("*", 1.13, 0.21), "atrium": ("*", 1.0, 0.12)},
     "borderline heart": {"heart": ("*", 1.12, 0)},
     "enlarged cardiomediastinum": {"mediastinum": ("*", 1.30, 0.6), "knob": ("+", 0, 0.02)},
     "hyperinflation": {"breath": ("+", 0, 0.11), "flat": ("+", 0, 0.25), "apex": ("+", 0, -0.03), "lung": ("+", 0, 2),
@@ -164,7 +164,7 @@ def attenuation(
     material: str,  # soft, fat, bone (cortical) or metal (titanium)
     energy: float,  # effective keV of the beam, 50 to 80
 ) -> float:  # per cm
-    """Linear attenuation coefficient (NIST tables of mass attenuation, ICRU-44 tissues), interpolated in the logarithms."""
+    """Linear attenuation of a material: NIST's tables of mass attenuation, interpolated in the logarithms."""
     per_gram, density = _PER_GRAM[material]
     return float(np.exp(np.interp(np.log(energy), _TABLE_KEV, np.log(per_gram)))) * density
 
@@ -182,13 +182,13 @@ def _chord(q: np.ndarray) -> np.ndarray:
     return np.sqrt(np.maximum(1 - q, 0))
 
 # %% ../nbs/00b_phantom.ipynb #5ab10001
-_HEIGHTS = np.linspace(0, 1, 16) ** 1.5  # where a lung's borders are measured, from its apex (0) to its lowest point (1)
-_ACROSS = np.linspace(0.02, 0.98, 12)  # where its base is measured, from the medial border (0) to the lateral one (1)
+_HEIGHTS = np.linspace(0, 1, 16) ** 1.5  # of the borders, from apex (0) to lowest point (1)
+_ACROSS = np.linspace(0.02, 0.98, 12)  # of the base, from the medial end (0) to the lateral one (1)
 _AX = np.linspace(0, 2, 2048, dtype=np.float32)
 
 
 def _outline(lung: np.ndarray, middle: float, side: int) -> np.ndarray:
-    """One lung of a mask as 48 numbers in pixels: apex, lowest point, medial and lateral end, both borders, the base."""
+    """One lung as 48 numbers in pixels: apex, lowest point, medial and lateral end, both borders, base."""
     rows = np.flatnonzero(lung.any(1))
     top, low = rows[0], rows[-1]
     x = side * (np.arange(lung.shape[1]) + 0.5 - middle)
@@ -197,14 +197,15 @@ def _outline(lung: np.ndarray, middle: float, side: int) -> np.ndarray:
     order = np.argsort(x)
     lowest = np.where(lung.any(0), len(lung) - 1 - lung[::-1].argmax(0), np.nan)[order]
     base = lowest[np.clip(np.searchsorted(x[order], ends[0] + _ACROSS * (ends[1] - ends[0])), 0, len(x) - 1)]
-    borders = [np.interp(top + _HEIGHTS * (end - top), rows, border[rows]) for end, border in ((low, far), (base[0], near))]
+    borders = [np.interp(top + _HEIGHTS * (end - top), rows, border[rows])
+               for end, border in ((low, far), (base[0], near))]
     return np.concatenate([[top, low], ends, *borders, base])
 
 # %% ../nbs/00b_phantom.ipynb #5ab10002
 def lung_vector(
     mask: np.ndarray,  # bool [H, W], both lungs of one frontal film
 ) -> np.ndarray | None:  # float64 [96]: 48 numbers of the right lung, 48 of the left; None if it is not two whole lungs
-    """Measure the outlines of two lungs: midline at x 0, apices at y 0, the mean half-width of the chest as the unit."""
+    """Measure two lungs: the midline is x 0, the apices are y 0, the chest's mean half-width is the unit."""
     labels, count = ndimage.label(mask)
     sizes = ndimage.sum_labels(mask, labels, range(1, count + 1)) if count > 1 else np.zeros(2)
     two = np.argsort(sizes)[-2:]
@@ -227,7 +228,7 @@ def fit_lung_shapes(
 ) -> dict[str, object]:  # masks used, share of variance explained, mean [96], modes [modes, 96] as one deviation each
     """Fit the linear shape model of the lungs: mean and principal modes over human masks, outliers left out.
 
-    The masks (V7 Labs, CC BY 4.0) are drawn through the heart and down to the bases. A model of ten modes holds none of them."""
+    The masks (V7 Labs, CC BY 4.0) are drawn through the heart and down to the bases; ten modes hold none of them."""
     package = find_spec("torchxrayvision").submodule_search_locations[0]
     vectors = []
     with zipfile.ZipFile(masks or Path(package, "data", "semantic_masks_v7labs_lungs.zip")) as archive:
@@ -259,7 +260,8 @@ def _lung_tables(a: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
         base += a["flat"] * (base.max() - base)
         base[-2:] = np.minimum(base[-2:], base[-3] + np.array([0.04, 0.08]))  # no tail beyond the costophrenic angle
         across = lung[2] + _ACROSS * (lung[3] - lung[2])
-        far = np.interp(_ROWS - a["apex"], top + _HEIGHTS * (low - top), np.minimum(np.maximum.accumulate(lung[4:20]), lung[3]))
+        outer = np.minimum(np.maximum.accumulate(lung[4:20]), lung[3])
+        far = np.interp(_ROWS - a["apex"], top + _HEIGHTS * (low - top), outer)
         near = np.interp(_ROWS - a["apex"], top + _HEIGHTS * (base[0] - top), lung[20:36])
         under = np.interp(_AX, across, base) + 0.6 * np.maximum(_AX - across[-1], 0)
         lat.append(ndimage.gaussian_filter1d(far, 10))
@@ -278,7 +280,8 @@ def _frame(a: dict, size: int) -> _Body:
     y = ((gy - dy) * c - (gx - dx) * s) * np.float32(a["zoom"])
     lat, med, dome, ends = _lung_tables(a)
     right, left = (float(np.interp(0.45, _AX, base)) for base in dome)
-    a = a | {"apex": float(ends[:, 0].mean()), "floor": float(ends[:, 1].mean()), "dome_r": right, "dome_gap": left - right}
+    apex, floor = (float(end) for end in ends.mean(0))
+    a = a | {"apex": apex, "floor": floor, "dome_r": right, "dome_gap": left - right}
     side = (x > 0).astype(np.int32)
     row = side * 2048 + np.clip((y + 2) * 512, 0, 2047).astype(np.int32)
     col = side * 2048 + np.clip(np.abs(x) * 1024, 0, 2047).astype(np.int32)
@@ -353,7 +356,7 @@ def _rib_cage(b: _Body) -> np.ndarray:
     for side, clavicle, ribs, at, g in a.get("breaks", ()):
         for rib in () if clavicle else ribs:
             near = (b.sign == side) & (np.abs(v - rib) < 0.5) & (u > at)
-            v = v + near * (0.26 + 0.07 * g) * np.exp(-np.maximum(u - at, 0) / 0.25)
+            v = v + near * (0.34 + 0.08 * g) * np.exp(-np.maximum(u - at, 0) / 0.25)
     posterior = _nearest(v, a["rib_width"] * np.sqrt(1 + (a["rib_drop"] * slope) ** 2), 9) * (ax > 0.05)
     anterior = _nearest(f, 1.15 * a["rib_width"] * np.sqrt(1 + (a["rib_fore"] * slope) ** 2), 6)
     anterior = anterior * np.clip((u - 0.38) / 0.25, 0, 1) ** 0.5
@@ -485,7 +488,8 @@ def _rough(b: _Body, rng: _Rng, cells: int = 9) -> np.ndarray:
 
 # %% ../nbs/00b_phantom.ipynb #880f22de
 def _ball(b: _Body, x: float, y: float, rx: float, ry: float) -> np.ndarray:
-    return np.square((b.x - np.float32(x)) / np.float32(rx)) + np.square((b.y - np.float32(y)) / np.asarray(ry, np.float32))
+    u, v = (b.x - np.float32(x)) / np.float32(rx), (b.y - np.float32(y)) / np.asarray(ry, np.float32)
+    return u * u + v * v
 
 # %% ../nbs/00b_phantom.ipynb #4492b1f0
 def _cloud(b: _Body, x: float, y: float, r: float, rng: _Rng, rough: float = 0.35) -> np.ndarray:
@@ -538,7 +542,7 @@ def _zone(f: Finding) -> str:
 # %% ../nbs/00b_phantom.ipynb #d20b4981
 @_in_lung("lung opacity")
 def _opacity(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
-    return b.soft * _fill(b, (0.42 + 0.14 * g) * _cloud(b, x, y, 0.16 + 0.07 * g, rng))
+    return b.soft * _fill(b, (0.50 + 0.15 * g) * _cloud(b, x, y, 0.17 + 0.07 * g, rng))
 
 # %% ../nbs/00b_phantom.ipynb #3aa0b38d
 @_in_lung("consolidation")
@@ -553,7 +557,7 @@ def _consolidation(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float)
 def _pneumonia(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
     clouds = [_cloud(b, *rng.normal((x, y), 0.10), rng.uniform(0.07, 0.12), rng, 0.6) for _ in range(round(3 + 2 * g))]
     texture = np.clip(1 + 0.35 * _rough(b, rng, 30), 0.3, 1.6)
-    return b.soft * _fill(b, (0.44 + 0.10 * g) * np.minimum(sum(clouds), 1.2) * texture)
+    return b.soft * _fill(b, (0.55 + 0.12 * g) * np.minimum(sum(clouds), 1.2) * texture)
 
 # %% ../nbs/00b_phantom.ipynb #d5b8e438
 @_in_lung("edema")
@@ -584,14 +588,14 @@ def _scarring(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> n
     for _ in range(round(3 + 2 * g)):
         (cx, cy), angle, reach = rng.normal((x, y), 0.06), rng.uniform(0, 3.1), rng.uniform(0.05, 0.11)
         ends = np.array([-reach, reach])
-        soft += 2.0 * _stroke(b, cx + ends * np.cos(angle), cy + ends * np.sin(angle), 0.012)
+        soft += 3.0 * _stroke(b, cx + ends * np.cos(angle), cy + ends * np.sin(angle), 0.012)
     return b.soft * soft * b.inside
 
 # %% ../nbs/00b_phantom.ipynb #710073c4
 @_in_lung("interstitial markings")
 def _interstitial(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
     net = np.minimum(np.abs(_rough(b, rng, 34)), np.abs(_rough(b, rng, 34)))
-    return b.soft * _fill(b, (0.20 + 0.14 * g) * np.clip(1 - 2.5 * net, 0, 1) * np.clip(b.t * 1.6, 0, 1))
+    return b.soft * _fill(b, (0.30 + 0.16 * g) * np.clip(1 - 2.5 * net, 0, 1) * np.clip(b.t * 1.6, 0, 1))
 
 # %% ../nbs/00b_phantom.ipynb #5ab20001
 @_in_lung("peribronchial thickening")
@@ -602,7 +606,7 @@ def _cuffs(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.n
         q = np.sqrt(_ball(b, cx, cy, r, r))
         soft += np.exp(-((q - 1) / 0.35) ** 2)
         soft += 0.8 * _stroke(b, cx + side * np.array([0.02, 0.12]), cy + np.array([0.02, 0.08]), 0.012)
-    return b.soft * (1.2 + 0.6 * g) * soft * b.inside
+    return b.soft * (2.2 + 0.8 * g) * soft * b.inside
 
 # %% ../nbs/00b_phantom.ipynb #5ab20002
 @_in_lung("bulla")
@@ -615,16 +619,16 @@ def _bulla(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.n
 # %% ../nbs/00b_phantom.ipynb #de2a5663
 @_in_lung("lung lesion")
 def _lesion(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
-    r = 0.045 + 0.055 * g ** 1.2
+    r = 0.055 + 0.055 * g ** 1.2
     q = _ball(b, x, y, r, r * rng.uniform(0.85, 1.15)) + 0.10 * _rough(b, rng, 24)
-    return b.soft * (4 + 40 * r) * _chord(q) * b.inside
+    return b.soft * (5 + 45 * r) * _chord(q) * b.inside
 
 # %% ../nbs/00b_phantom.ipynb #416e440b
 @_in_lung("granuloma")
 def _granuloma(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
-    r, spread = 0.030 + 0.008 * g, 0.09 * (g > 1)
+    r, spread = 0.036 + 0.008 * g, 0.09 * (g > 1)
     balls = [_chord(_ball(b, *(rng.normal((x, y), spread)), r, r)) for _ in range(4 if g > 1 else 1)]
-    return b.bone * 2.6 * sum(balls) * b.inside
+    return b.bone * 5.0 * sum(balls) * b.inside
 
 # %% ../nbs/00b_phantom.ipynb #e5b19bd3
 @_in_lung("pleural effusion")
@@ -650,11 +654,11 @@ def _pneumothorax(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) 
 @_in_lung("pleural other")
 def _thickening(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) -> np.ndarray:
     rough, calcium = _rough(b, rng, 20), _rough(b, rng, 24) > 1.0
-    thick, apical = (0.022 + 0.018 * g) * (1 + 0.25 * rough), b.t < 0.16
+    thick, apical = (0.030 + 0.020 * g) * (1 + 0.25 * rough), b.t < 0.16
     wall = b.lat - b.ax
     depth = np.where(apical, np.minimum(wall, (b.y - b.a["apex"]) * 0.5) * 0.7, wall)
     rind = _chord((depth / thick) ** 2) * (b.t > 0.3 * (rng.random() < 0.6)) * (b.y < b.dome + 0.05) * b.inside
-    return (b.soft * 4.0 + b.bone * 0.6 * g * calcium) * rind
+    return (b.soft * 5.5 + b.bone * 0.9 * g * calcium) * rind
 
 # %% ../nbs/00b_phantom.ipynb #f98afdea
 @_paints("calcified aorta")
@@ -725,7 +729,7 @@ def _callus(b: _Body, f: Finding, g: float, rng: _Rng) -> np.ndarray:
     else:
         steps = [((b.v - rib - 0.15) / 0.5) ** 2 for rib in ribs]
         q = ((b.u - at) / 0.07) ** 2 + np.minimum.reduce(steps) + 9 * (b.sign != side)
-    return b.bone * (1.0 + 0.6 * g) * _chord(q)
+    return b.bone * (2.2 + 0.9 * g) * _chord(q)
 
 # %% ../nbs/00b_phantom.ipynb #5ab20006
 @_paints("free air")
@@ -811,7 +815,8 @@ def _valve(b: _Body, f: Finding, g: float, rng: _Rng) -> np.ndarray:
 @_paints("chest tube")
 def _chest_tube(b: _Body, f: Finding, g: float, rng: _Rng) -> np.ndarray:
     side, low = _sides(f, rng)[0], rng.uniform(0.1, 0.25)
-    way = [[1.05 * side, low + 0.18], [0.70 * side, low], [0.55 * side, -0.15], [0.36 * side, rng.uniform(-0.55, -0.35)]]
+    tip = [0.36 * side, rng.uniform(-0.55, -0.35)]
+    way = [[1.05 * side, low + 0.18], [0.70 * side, low], [0.55 * side, -0.15], tip]
     return b.metal * (0.12 * _line(b, way, 0.045) + 0.22 * _line(b, way, 0.014))
 
 # %% ../nbs/00b_phantom.ipynb #5ab2000a
@@ -905,14 +910,15 @@ def _develop(b: _Body, tau: np.ndarray, seed: int, exposure: tuple[np.ndarray, f
 
 # %% ../nbs/00b_phantom.ipynb #6cd809af
 def _belly(whole: _Body, rng: _Rng) -> np.ndarray:
-    """What the abdomen adds to the trunk, in cm of soft tissue: liver and spleen; gas in stomach and bowel is negative."""
+    """What the abdomen adds to the trunk, in cm of soft tissue: liver, spleen; gas in stomach and bowel is negative."""
     a, first = whole.a, int(np.argmax((whole.y > whole.dome).any(1)))
     b = SimpleNamespace(x=whole.x[first:], y=whole.y[first:], size=whole.size)
     dome = a["dome_r"], a["dome_r"] + a["dome_gap"]
     solid = a["liver"] * (2.2 * _chord(_ball(b, -0.42, dome[0] + 0.28, 0.55, 0.34))
                           + 1.2 * _chord(_ball(b, 0.62, dome[1] + 0.18, 0.16, 0.24)))
     rough = 0.5 * _rough(b, rng, 20)[first:]
-    stomach = _ball(b, a["stomach_x"], dome[1] + rng.uniform(0.10, 0.16), rng.uniform(0.10, 0.20), rng.uniform(0.05, 0.10))
+    low, wide, high = rng.uniform((0.10, 0.10, 0.05), (0.16, 0.20, 0.10))
+    stomach = _ball(b, a["stomach_x"], dome[1] + low, wide, high)
     gas = max(a["stomach"], 0) * 6 * _chord(stomach + 0.3 * rough)
     for _ in range(4):
         loop = _ball(b, rng.uniform(-0.6, 0.7), rng.uniform(0.6, 1.0), *rng.uniform(0.04, 0.12, 2))
@@ -991,7 +997,8 @@ def draw(
     for k, finding in enumerate(findings):
         without = sum(lay(findings[:k] + findings[k + 1:])[1]) if _changes_shape(finding) else tau - layers[k + 1]
         masks.append(np.abs(tau - without) > 0.06 if finding.kind != "underexposed" else np.ones_like(tau, bool))
-    settings = functools.reduce(lambda a, f: _deform(a, f, seed), (f for f in findings if f.kind == "underexposed"), base)
+    technique = (finding for finding in findings if finding.kind == "underexposed")
+    settings = functools.reduce(lambda a, f: _deform(a, f, seed), technique, base)
     film = _develop(body, np.maximum(tau, 0), seed, _expose(settings, seed))
     return Phantom(film, _regions(body), findings, np.array(masks, bool).reshape(-1, size, size))
 

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from .core import progress
 from .films import fit_film, read_film
 from .phantom import KINDS, Finding, draw, sample_findings
+from .studies import seeded_order
 
 # %% ../nbs/01b_realism.ipynb #f60dadfc
 DISEASES: tuple[str, ...] = tuple(dict.fromkeys(topic for topic in KINDS.values() if topic.startswith("disease-")))

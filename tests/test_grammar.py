@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from llava_ta.data import openi_reports
 from llava_ta.decompose import RuleDecomposer
 from llava_ta.grammar import WORDED, Statement, report_sentences, sample_study, write_report
 from llava_ta.phantom import EXCLUDES, KINDS, RECORDS, Finding, findings_from_mesh
+from llava_ta.sources import openi_reports
 from repository import LIB
 
 GRAMMAR = yaml.safe_load((LIB / "grammar.yaml").read_text(encoding="utf-8"))

@@ -29,7 +29,7 @@ MODULE_LINES = 400
 LONGER = {
     "decompose": (600, "the grammar of a report sentence: it reads best in one piece"),
     "core": (680, "every setting of a profile is one documented line; the run machinery reads best in one piece"),
-    "phantom": (580, "each structure of the chest and each finding is a few lines, and they share one picture"),
+    "phantom": (720, "each structure of the chest and each finding is a few lines, and they share one picture"),
 }
 ALL = notebooks()
 PIPELINE = sorted({step.notebook for step in STEPS.values()})
@@ -379,6 +379,8 @@ INDIRECT = {
     "ipykernel": "runs the notebooks",
     "ipywidgets": "interactive figures in JupyterLab",
     "pyarrow": "Parquet, by pandas",
+    **dict.fromkeys(
+        ("pyjpegls", "pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "python-gdcm"), "decoders of pydicom"),
 }
 
 
