@@ -658,7 +658,7 @@ def _thickening(b: _Body, g: float, rng: _Rng, side: int, x: float, y: float) ->
     wall = b.lat - b.ax
     depth = np.where(apical, np.minimum(wall, (b.y - b.a["apex"]) * 0.5) * 0.7, wall)
     rind = _chord((depth / thick) ** 2) * (b.t > 0.3 * (rng.random() < 0.6)) * (b.y < b.dome + 0.05) * b.inside
-    return (b.soft * 5.5 + b.bone * 0.9 * g * calcium) * rind
+    return (b.soft * 4.8 + b.bone * 0.7 * g * calcium) * rind
 
 # %% ../nbs/00b_phantom.ipynb #f98afdea
 @_paints("calcified aorta")

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from llava_ta.phantom import fit_lung_shapes
+from llava_ta.phantom import findings_from_mesh, fit_lung_shapes
+from llava_ta.sources import openi_reports
 from repository import LIB
 
 
@@ -14,3 +15,10 @@ def test_lung_shapes_are_those_of_the_masks():
     assert stored["masks"] == fitted["masks"] > 200 and len(stored["modes"]) == 10
     assert np.allclose(stored["mean"], fitted["mean"], atol=2e-3)
     assert np.allclose(stored["modes"], fitted["modes"], atol=5e-3)
+
+
+def test_codes_of_real_reports_are_drawn():
+    missed = [findings_from_mesh(codes)[1] for codes in openi_reports()["mesh"]]
+    asked = sum(code.strip().lower() not in ("normal", "no indexing") for codes in openi_reports()["mesh"] for code in codes)
+    assert asked == 6812 and 1 - sum(map(len, missed)) / asked > 0.895
+    assert sum(not codes for codes in missed) / len(missed) > 0.855
