@@ -89,9 +89,15 @@ _Rng = np.random.Generator
 _Body = SimpleNamespace  # one patient in the beam: coordinates, outlines and path lengths, each an array [H, W]
 
 
-STEADY: dict[str, float] = {name: ANATOMY[name][0] for name in (  # a style: one view and one exposure
-    "ap", "zoom", "aspect", "tilt", "turn", "dx", "dy", "energy", "scatter", "dose", "low", "high", "gamma", "contrast",
-    "sharpen", "shade", "air", "collimate")}
+STEADY: dict[str, float] = {  # a style: one view, one technique, one build
+    **{name: ANATOMY[name][0] for name in ANATOMY if name.startswith("mode")},
+    **{name: ANATOMY[name][0] for name in (
+        "ap", "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "sharpen", "shade", "air", "collimate",
+        "chest", "fat", "breast", "breast_x", "breast_y", "trunk", "flank", "neck", "shoulder", "arm", "arm_out", "width",
+        "stomach", "stomach_x", "liver", "bowel", "scapula", "clavicle_y", "clavicle_rise", "vessels", "bone", "rib_gap",
+        "rib_drop", "rib_fore", "rib_width")},
+    "female": -1.0, "texture": 0.1, "energy": 62.0, "scatter": 0.2, "dose": 4.0, "contrast": 2.0,
+}
 
 
 def _stream(seed: int, *names: object) -> _Rng:

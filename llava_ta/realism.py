@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .core import progress
+from .data import each
 from .films import fit_film, read_film
 from .phantom import KINDS, Finding, draw, sample_findings
 from .studies import seeded_order
@@ -60,8 +61,8 @@ def draw_films(
     style: dict[str, float] | None = None,  # `STEADY` for one view and exposure; None for any
 ) -> np.ndarray:  # float32 [N, size, size] in [0, 1]
     "Draw one phantom for each study."
-    numbered = progress(enumerate(studies), "drawing phantoms", total=len(studies))
-    return np.stack([draw(found, seed * 1_000_000 + i, size=size, style=style).film for i, found in numbered])
+    jobs = [(found, seed * 1_000_000 + i, size, style) for i, found in enumerate(studies)]
+    return np.stack([phantom.film for phantom in each(draw, jobs, "drawing phantoms")])
 
 # %% ../nbs/01b_realism.ipynb #74e39b2f
 def drawing_speed(
