@@ -92,9 +92,12 @@ _Body = SimpleNamespace  # one patient in the beam: coordinates, outlines and pa
 STEADY: dict[str, float] = {  # a style: one view, one technique, one build
     **{name: ANATOMY[name][0] for name in ANATOMY if name.startswith("mode")},
     **{name: ANATOMY[name][0] for name in (
-        "ap", "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "sharpen", "shade", "air", "collimate",
-        "chest", "fat", "breast", "breast_x", "breast_y", "trunk", "flank", "neck", "shoulder", "arm", "arm_out", "width",
-        "stomach", "stomach_x", "liver", "bowel", "scapula", "clavicle_y", "clavicle_rise", "vessels", "bone", "rib_gap",
+        "ap", "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "sharpen", "shade", "air",
+        "collimate",
+        "chest", "fat", "breast", "breast_x", "breast_y", "trunk", "flank", "neck", "shoulder", "arm", "arm_out",
+        "width",
+        "stomach", "stomach_x", "liver", "bowel", "scapula", "clavicle_y", "clavicle_rise", "vessels", "bone",
+        "rib_gap",
         "rib_drop", "rib_fore", "rib_width")},
     "female": -1.0, "texture": 0.1, "energy": 62.0, "scatter": 0.2, "dose": 4.0, "contrast": 2.0,
 }
