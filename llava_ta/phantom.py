@@ -89,16 +89,11 @@ _Rng = np.random.Generator
 _Body = SimpleNamespace  # one patient in the beam: coordinates, outlines and path lengths, each an array [H, W]
 
 
+_DIFFERING = (  # between the patients of the steady style
+    "lung", "apex", "breath", "lift_r", "lift_l", "flat", "heart", "heart_x", "heart_tilt", "heart_depth", "atrium",
+    "mediastinum", "knob", "knob_y", "aorta", "spine", "disc", "curve", "curve_y", "hilum_y")
 STEADY: dict[str, float] = {  # a style: one view, one technique, one build
-    **{name: ANATOMY[name][0] for name in ANATOMY if name.startswith("mode")},
-    **{name: ANATOMY[name][0] for name in (
-        "ap", "zoom", "aspect", "tilt", "turn", "dx", "dy", "low", "high", "gamma", "sharpen", "shade", "air",
-        "collimate",
-        "chest", "fat", "breast", "breast_x", "breast_y", "trunk", "flank", "neck", "shoulder", "arm", "arm_out",
-        "width",
-        "stomach", "stomach_x", "liver", "bowel", "scapula", "clavicle_y", "clavicle_rise", "vessels", "bone",
-        "rib_gap",
-        "rib_drop", "rib_fore", "rib_width")},
+    **{name: mean for name, (mean, _) in ANATOMY.items() if name not in _DIFFERING},
     "female": -1.0, "texture": 0.1, "energy": 62.0, "scatter": 0.2, "dose": 4.0, "contrast": 2.0,
 }
 
@@ -418,8 +413,8 @@ def _vessels(b: _Body, seed: int) -> None:
     a = b.a
     view = tuple(float(a[name]) for name in ("zoom", "aspect", "tilt", "dx", "dy", "hilum_y"))
     tree, grain = _tree(seed, b.size, view)
-    b.hilum = np.exp(-((b.ax - 0.19) / 0.06) ** 2 - ((b.y - a["hilum_y"] + 0.03 * b.sign) / 0.12) ** 2)
-    b.vessel = (a["vessels"] * (tree + 1.5 * b.hilum) + a["texture"] * grain) * (b.air > 0.2)
+    hilum = np.exp(-((b.ax - 0.19) / 0.06) ** 2 - ((b.y - a["hilum_y"] + 0.03 * b.sign) / 0.12) ** 2)
+    b.vessel = (a["vessels"] * (tree + 1.5 * hilum) + a["texture"] * grain) * (b.air > 0.2)
 
 
 @functools.lru_cache(2)
