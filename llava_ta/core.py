@@ -536,7 +536,9 @@ STEPS: dict[str, Step] = {
     "data": Step(
         "01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")
     ),
-    "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology", "rules")),
+    "decompose": Step(
+        "02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology", "rules")
+    ),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
     "tower": Step(
