@@ -164,9 +164,10 @@ _STEMS = {form: forms.split()[0] for forms in (
     "bronchus bronchi bronchial", "thorax thoracic", "normal normally", "atrium atria atrial", "size sized",
     "side sided", "lobe lobes lobar", "bone bones bony osseous", "spine spinal", "heart cardiac")
     for form in forms.split()}
-_SMALL = ("a an the is are was were be been being there this that these those it its of in on at to for from by with within "
-          "without and or nor but no not any none has have had as into over along about absent present seen noted "
-          "identified demonstrated visualized evident appear appears which both evidence finding findings other than also")
+_SMALL = ("a an the is are was were be been being there this that these those it its of in on at to for from by with "
+          "within without and or nor but no not any none has have had as into over along about absent present seen "
+          "noted identified demonstrated visualized evident appear appears which both evidence finding findings other "
+          "than also")
 _EMPTY = frozenset(_SMALL.split())
 
 # %% ../nbs/01d_answers.ipynb #5fbf95a8

@@ -128,6 +128,21 @@ class DecomposeSettings(Section):
     "How a report becomes topic sentences."
 
     name: Literal["rules", "llm", "import"] = "rules"  # the paper's way is llm
+    file: str = ""  # import: JSON lines with the topic sentences of each study
+    base_url: str = ""  # llm: an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1
+    model: str = ""  # llm: its name on that server
+    api_key_env: str = "LLAVA_TA_API_KEY"  # llm: environment variable that holds the key; a local server needs none
+    concurrency: int = Field(64, ge=1, le=1024)  # llm: requests in flight
+    timeout: float = Field(120.0, gt=0)  # llm: seconds for one answer
+    retries: int = Field(8, ge=0)  # llm: further attempts after an error, a timeout or a "too many requests"
+    answer_tokens: int = Field(1536, ge=16)  # llm: longest answer
+    max_requests: int | None = Field(None, ge=1)  # llm: ceiling for the run, requests in its record included
+    max_tokens: int | None = Field(None, ge=1)  # llm: the same for tokens, read and written
+    max_cost: float | None = Field(None, gt=0)  # llm: the same for money, in the currency of the prices
+    price_read: float = Field(0.0, ge=0)  # llm: price of a million tokens read
+    price_written: float = Field(0.0, ge=0)  # llm: price of a million tokens written
+    allow_external_endpoint: bool = False  # llm: send credentialed texts beyond private networks; needs `agreement`
+    agreement: str = ""  # llm: name of the agreement that allows it, for the record
 
 # %% ../nbs/00_core.ipynb #52c4c033
 class SegmentSettings(Section):
@@ -319,8 +334,14 @@ def impossible(
          "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
         (profile.segment.name == "chestx-det",
          "segment.name: 'chestx-det' is not part of this release; use 'offline' or 'cxas'"),
-        (profile.decompose.name != "rules",
-         f"decompose.name: '{profile.decompose.name}' is not part of this release; use 'rules'"),
+        (profile.decompose.name == "llm" and not (profile.decompose.base_url and profile.decompose.model),
+         "decompose.name: 'llm' needs decompose.base_url, an OpenAI-compatible server, and decompose.model"),
+        (profile.decompose.name == "import" and not profile.decompose.file,
+         "decompose.name: 'import' needs decompose.file, JSON lines with the topic sentences of each study"),
+        (profile.decompose.allow_external_endpoint and not profile.decompose.agreement.strip(),
+         "decompose.allow_external_endpoint: name the agreement that allows it in decompose.agreement"),
+        (profile.decompose.max_cost is not None and not profile.decompose.price_read + profile.decompose.price_written,
+         "decompose.max_cost: a ceiling needs decompose.price_read and decompose.price_written"),
     ]
 
 # %% ../nbs/00_core.ipynb #914e4cb2
@@ -537,7 +558,11 @@ STEPS: dict[str, Step] = {
         "01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")
     ),
     "decompose": Step(
-        "02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology", "rules")
+        "02_decompose",
+        "decompose.make_decompose",
+        _needs("data"),
+        ("decompose",),
+        ("ontology", "rules", "answers", "llm"),
     ),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
@@ -704,7 +729,8 @@ def outside_inputs(
         found += [data_dir(data), *source_tables(data)]
     if step == "segment" and profile.segment.name == "offline" and not profile.segment.weights:
         found.append(package / "weights" / "offline.safetensors")
-    named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint}
+    named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint,
+             "decompose": profile.decompose.file if profile.decompose.name == "import" else ""}
     return found + ([Path(named[step])] if named.get(step) else [])
 
 # %% ../nbs/00_core.ipynb #87042eff
@@ -766,6 +792,7 @@ HOW = {
     "tower.checkpoint": "biomedclipcxr_518_checkpoint.pt from https://huggingface.co/microsoft/llava-rad",
     "lm.checkpoint": "huggingface-cli download lmsys/vicuna-7b-v1.5, then set lm.checkpoint to the folder",
     "segment.weights": f"download {CXAS_URL} (CC BY-NC-SA 4.0), or set segment.weights to the file",
+    "decompose.file": "your file, a line for each study as nbs/01d_answers.ipynb says",
     "offline weights": "made by nbs/03a_train_segmenter.ipynb; part of the package",
 }
 
@@ -807,6 +834,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
         ("tower.checkpoint", profile.tower.checkpoint),
         ("lm.checkpoint", profile.lm.checkpoint),
         ("segment.weights", str(cxas_weights(profile.segment.weights)) if profile.segment.name == "cxas" else ""),
+        ("decompose.file", profile.decompose.file if profile.decompose.name == "import" else ""),
     ]
     wanted = [(key, path, HOW[key]) for key, path in named if path]
     wanted += _absent_data(profile.data) if profile.data.source != "phantom" else []
@@ -965,6 +993,9 @@ def _shapes(section: str, values: Any, artefact: Ref) -> Any:
         return {key: value for key, value in values.items() if key not in {"films", "stages"}}
     if section == "data":
         return {key: value for key, value in values.items() if key not in ("dir", "annotations")}
+    if section == "decompose":
+        shaping = {"llm": ("name", "model", "answer_tokens")}.get(values["name"], ("name",))
+        return {key: values[key] for key in shaping}
     return values
 
 # %% ../nbs/00_core.ipynb #1d5d19d3
