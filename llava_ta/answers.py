@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MEANINGS', 'PROMPT', 'KINDS', 'FOLLOW_UP', 'write_answer', 'system_prompt', 'SaidOfTopic', 'Answer', 'answer_schema',
            'prompt_hash', 'Problem', 'follow_up', 'stem', 'content_words', 'find_support', 'check_entries',
-           'check_answer', 'import_decompositions']
+           'check_answer', 'Decomposed', 'trace', 'import_decompositions']
 
 # %% ../nbs/01d_answers.ipynb #d608a004
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,7 +90,8 @@ def write_answer(
     "Topic sentences as a model should answer them."
     return json.dumps({"findings": [dict(zip(("topic", "polarity", "sentence"), one)) for one in said]})
 
-# %% ../nbs/01d_answers.ipynb #bef5d86c
+# %% ../nbs/01d_answers.ipynb #18610159
+@cache
 def system_prompt() -> str:  # about 1,000 tokens
     "What the model is told before it sees a report: cleaning, partitioning, and the ontology."
     topics = "\n".join(f"- {topic}: {meaning}" for topic, meaning in MEANINGS.items())
@@ -112,7 +113,8 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     findings: list[SaidOfTopic]
 
-# %% ../nbs/01d_answers.ipynb #8a3d024a
+# %% ../nbs/01d_answers.ipynb #0787d447
+@cache
 def answer_schema() -> dict[str, Any]:  # for `response_format`
     "The JSON schema of an answer: closed objects, all keys required, topics out of the ontology."
     entry = {"topic": {"type": "string", "enum": list(TOPICS)},
@@ -121,7 +123,8 @@ def answer_schema() -> dict[str, Any]:  # for `response_format`
     return {"type": "object", "properties": {"findings": {"type": "array", "items": one}}, "required": ["findings"],
             "additionalProperties": False}
 
-# %% ../nbs/01d_answers.ipynb #8a59cd88
+# %% ../nbs/01d_answers.ipynb #aa360cd3
+@cache
 def prompt_hash() -> str:  # 16 hexadecimal digits
     "Hash of all that a model is given beside the report: prompt, schema and wording of the follow-up."
     return digest([system_prompt(), answer_schema(), FOLLOW_UP])
@@ -339,6 +342,30 @@ def check_answer(
     except (ValueError, RecursionError):
         return [], [Problem("json")]
     return check_entries(text, answer.findings)
+
+# %% ../nbs/01d_answers.ipynb #63296bed
+@dataclass(frozen=True)
+class Decomposed:
+    "A report's topic sentences and where they come from."
+
+    sentences: list[TopicSentence]
+    made_by: str  # "rules", "import", "llm", "llm-repaired", "fallback" (rules, as no answer could be used), "empty"
+    problems: tuple[str, ...] = ()  # kinds of problems of the first answer; "no answer"
+
+# %% ../nbs/01d_answers.ipynb #82a201d6
+def trace(
+    text: str,  # a report
+    said: list[TopicSentence],  # what was made of it
+) -> list[Clause]:  # the clauses as the rules cut them, each with the topic that used it
+    "What became of each clause, by the spans of the topic sentences."
+    clauses = []
+    for c in read_report(text):
+        by = [s for s in said if any(start < c.end and c.start < end for start, end in s.spans)]
+        by = [s for s in by if s.topic == c.topic] or by
+        outcome = by[0].topic if by else c.outcome if c.outcome.startswith("dropped") else "dropped: not in the answer"
+        clauses.append(Clause(c.start, c.end, outcome, by[0].polarity if by else "dropped",
+                              by[0].sentence if by else "", c.rules, c.topic, c.denies))
+    return clauses
 
 # %% ../nbs/01d_answers.ipynb #55384efa
 class _Line(Answer):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['is_private', 'Endpoint', 'resolve_endpoint', 'refuse_external', 'Pinned', 'open_client', 'AnswerCache',
-           'CeilingError', 'Ledger', 'Estimate', 'estimate', 'Reply', 'Failure', 'retry_after', 'ask', 'Decomposed',
-           'Question', 'next_step', 'LLMDecomposer', 'trace']
+           'CeilingError', 'Ledger', 'Estimate', 'estimate', 'Reply', 'Failure', 'retry_after', 'ask', 'Question',
+           'next_step', 'LLMDecomposer']
 
-# %% ../nbs/01e_llm.ipynb #ff5c6fde
+# %% ../nbs/01e_llm.ipynb #0c744f3d
 import asyncio
 import ipaddress
 import json
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,10 +31,11 @@ import httpx2
 import openai
 from pydantic import BaseModel, ValidationError
 
-from .answers import answer_schema, check_answer, follow_up, prompt_hash, system_prompt, write_answer
+from .answers import Decomposed, answer_schema, check_answer, follow_up, prompt_hash, system_prompt, trace
+from .answers import write_answer
 from .core import DecomposeSettings, digest, progress
 from .ontology import ontology_hash
-from .rules import Clause, RuleDecomposer, TopicSentence, read_report
+from .rules import Clause, RuleDecomposer, TopicSentence
 
 # %% ../nbs/01e_llm.ipynb #be1fba1e
 _PRIVATE = [ipaddress.ip_network(block) for block in (
@@ -343,7 +345,7 @@ async def ask(
         async with asyncio.timeout(settings.timeout):
             raw = await client.chat.completions.with_raw_response.create(
                 model=settings.model, messages=messages, temperature=0, max_tokens=settings.answer_tokens,
-                response_format=form)
+                extra_body={"response_format": form})  # as it is: the SDK would look through the schema each time
         body = raw.http_response.content
     except openai.APIStatusError as error:
         status, header = error.status_code, error.response.headers.get("retry-after")
@@ -355,15 +357,6 @@ async def ask(
         return _failure(status, header)
     return Failure(why) if why else _open_reply(body, sum(len(turn["content"]) for turn in messages))
 
-# %% ../nbs/01e_llm.ipynb #6980a835
-@dataclass(frozen=True)
-class Decomposed:
-    "A report's topic sentences and where they come from."
-
-    sentences: list[TopicSentence]
-    made_by: str  # "llm", "llm-repaired", "fallback" (the rules, since the model's answers cannot be used), or "empty"
-    problems: tuple[str, ...] = ()  # kinds of problems of the first answer; "no answer"
-
 # %% ../nbs/01e_llm.ipynb #306347e9
 @dataclass(frozen=True)
 class Question:
@@ -372,25 +365,28 @@ class Question:
     key: str  # of its answer in the cache
     messages: list[dict[str, str]]
 
-# %% ../nbs/01e_llm.ipynb #d388544c
+# %% ../nbs/01e_llm.ipynb #c3433623
+_ontology = cache(ontology_hash)  # it takes longer than all the rest
+
+
 def next_step(
     text: str,  # a report
     settings: DecomposeSettings,  # model and longest answer
-    cache: AnswerCache,  # answers so far
+    answers: AnswerCache,  # so far
 ) -> Question | Decomposed:  # what is missing, or the result
     "Where a report stands, given the answers received so far."
     if not text.strip():
         return Decomposed([], "empty")
-    key = digest([text, prompt_hash(), settings.model, ontology_hash(), settings.answer_tokens])
+    key = digest([text, prompt_hash(), settings.model, _ontology(), settings.answer_tokens])
     messages = [{"role": "system", "content": system_prompt()}, {"role": "user", "content": text}]
-    if (first := cache.get(key)) is None:
+    if (first := answers.get(key)) is None:
         return Question(key, messages)
     said, problems = check_answer(text, first)
     if not problems:
         return Decomposed(said, "llm")
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": follow_up(problems)}]
     again = digest([key, messages[2:]])
-    if (second := cache.get(again)) is None:
+    if (second := answers.get(again)) is None:
         return Question(again, messages)
     kinds = tuple(dict.fromkeys(problem.kind for problem in problems))
     said, problems = check_answer(text, second)
@@ -405,7 +401,7 @@ class LLMDecomposer:
         self,
         base_url: str,  # e.g. "http://127.0.0.1:8000/v1"
         model: str,  # its name on the server
-        cache: Path | str,  # file for the answers; holds what is derived from reports
+        answers: Path | str,  # file for the answers, which are derived from reports: keep it in the run's folder
         credentialed: bool = True,  # whether the texts must stay on this machine or in a private network
         say: Callable[[str], None] = print,  # where news goes
         **options: Any,  # further fields of `DecomposeSettings`, e.g. concurrency, max_cost
@@ -414,7 +410,7 @@ class LLMDecomposer:
         self.endpoint, self.say = resolve_endpoint(base_url), say
         if credentialed:
             refuse_external(self.endpoint, self.settings)
-        self.cache = AnswerCache(cache)
+        self.cache = AnswerCache(answers)
         self.ledger = Ledger(self.settings, Counter(self.cache.spent))
         self.counts: Counter = Counter()  # attempts that failed, by reason
         self._stop, self._losses = "", 0
@@ -432,21 +428,6 @@ class LLMDecomposer:
     ) -> list[Clause]:  # every clause, used or not
         "What became of each clause."
         return trace(text, self.decompose(text))
-
-# %% ../nbs/01e_llm.ipynb #94c43463
-def trace(
-    text: str,  # a report
-    said: list[TopicSentence],  # what was made of it
-) -> list[Clause]:  # the clauses as the rules cut them, each with the topic that used it
-    "What became of each clause, by the spans of the topic sentences."
-    clauses = []
-    for c in read_report(text):
-        by = [s for s in said if any(start < c.end and c.start < end for start, end in s.spans)]
-        by = [s for s in by if s.topic == c.topic] or by
-        outcome = by[0].topic if by else c.outcome if c.outcome.startswith("dropped") else "dropped: not in the answer"
-        clauses.append(Clause(c.start, c.end, outcome, by[0].polarity if by else "dropped",
-                              by[0].sentence if by else "", c.rules, c.topic, c.denies))
-    return clauses
 
 # %% ../nbs/01e_llm.ipynb #b1ca4e10
 async def _settle(
@@ -496,12 +477,12 @@ async def _one(
             return Decomposed(RuleDecomposer().decompose(text), "fallback", ("no answer",))
     return step
 
-# %% ../nbs/01e_llm.ipynb #98ce8aba
-async def _flush(cache: AnswerCache) -> None:
+# %% ../nbs/01e_llm.ipynb #d1c02209
+async def _flush(answers: AnswerCache) -> None:
     "Bring answers to the disk twice a second, beside the asking."
     while True:
         await asyncio.sleep(0.5)
-        await asyncio.to_thread(os.fsync, cache.file)
+        await asyncio.to_thread(os.fsync, answers.file)
 
 
 async def _ask_all(self: LLMDecomposer, texts: list[str], done: Callable[[tuple[str, Decomposed]], None]) -> None:
