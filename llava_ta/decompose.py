@@ -122,7 +122,7 @@ def _open(run: Run, studies: pd.DataFrame, texts: list[str]) -> tuple[Decomposer
     return made, lambda texts: ((i, Decomposed(made.decompose(text), "rules"))
                                 for i, text in enumerate(progress(texts, "decompose")))
 
-# %% ../nbs/02_decompose.ipynb #7f9e6fdc
+# %% ../nbs/02_decompose.ipynb #ba58be2e
 def make_decompose(
     run: Run,  # whose reports are read
     out: Path,  # folder to write into
@@ -146,8 +146,9 @@ def make_decompose(
                for row in _rows(study, Decomposed(reader.decompose(text), "rules"), "")]
         write_table(out / "rules.parquet", pd.DataFrame(own, columns=_FINDING))
     outcomes = [row[2] for row in trail]
+    other = outcomes.count("special-other") / max(1, len(outcomes))
     return {"studies": len(studies), "sentences": len(rows), "dropped": sum(o.startswith("dropped") for o in outcomes),
-            "unassigned_share": outcomes.count("special-other") / max(1, len(outcomes)), **_origins(results, decomposer)}
+            "unassigned_share": other, **_origins(results, decomposer)}
 
 # %% ../nbs/02_decompose.ipynb #3a8d45cb
 def _origins(results: list[Decomposed], decomposer: Decomposer) -> dict:
