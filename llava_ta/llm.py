@@ -438,7 +438,9 @@ async def _settle(
     most = Counter(requests=1, read=asked, written=self.settings.answer_tokens)
     for attempt in range(self.settings.retries + 1):
         async with slots:
-            self._stop = self._stop or self.ledger.excess(most)
+            while (excess := self.ledger.excess(most)) and any(self.ledger.reserved.values()) and not self._stop:
+                await asyncio.sleep(0.02)  # what is in flight may cost less than it has reserved
+            self._stop = self._stop or excess
             if self._stop:
                 return False
             self.ledger.reserved.update(most)

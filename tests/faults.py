@@ -59,7 +59,7 @@ class Server:
             said[0] = {**said[0], "topic": "disease-hernia"}
         content = json.dumps({"findings": said})
         content = content[: len(content) // 2] if kind == "json" else content
-        usage = {"prompt_tokens": 1200, "completion_tokens": 200}
+        usage = {"prompt_tokens": 2400, "completion_tokens": 400}
         body = json.dumps({"choices": [{"message": {"content": content}}], "usage": usage}).encode()
         status, more = {"429": ("429 Too Many Requests", f"retry-after: {self.wait}\r\n"),
                         "500": ("500 Internal Server Error", "")}.get(kind, ("200 OK", ""))
