@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_private', 'Endpoint', 'resolve_endpoint', 'refuse_external', 'Pinned', 'open_client', 'AnswerCache',
-           'CeilingError', 'Ledger', 'Estimate', 'estimate', 'Reply', 'Failure', 'retry_after', 'ask', 'Question',
-           'next_step', 'LLMDecomposer']
+           'CeilingError', 'Ledger', 'Estimate', 'estimate', 'Reply', 'Failure', 'retry_after', 'Patience', 'ask',
+           'Question', 'next_step', 'LLMDecomposer']
 
 # %% ../nbs/01e_llm.ipynb #0c744f3d
 import asyncio
@@ -17,9 +17,9 @@ import random
 import socket
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -332,17 +332,51 @@ def _open_reply(body: bytes, asked: int) -> Reply | Failure:
     usage = envelope.usage or _Usage()
     return Reply(content, usage.prompt_tokens or asked // _CHARS, usage.completion_tokens or len(content) // _CHARS)
 
+# %% ../nbs/01e_llm.ipynb #813f1756
+class Patience:
+    "How long answers are waited for."
+
+    def __init__(
+        self,
+        timeout: float,  # seconds
+    ):
+        self.timeout, self.took, self.out = timeout, deque(maxlen=1000), {}
+
+    @asynccontextmanager
+    async def wait(
+        self,
+        hurried: bool = False,  # whether `hurry` may cut it short
+    ) -> AsyncIterator[None]:  # raises TimeoutError when it is over
+        "Wait for an answer inside of this."
+        start = asyncio.get_running_loop().time()
+        async with asyncio.timeout(self.timeout) as deadline:
+            self.out |= {deadline: start} if hurried else {}
+            try:
+                yield
+            finally:
+                self.out.pop(deadline, None)
+        self.took.append(asyncio.get_running_loop().time() - start)
+
+    def hurry(self) -> None:
+        "Cut the waiting short for requests that are out."
+        if len(self.took) >= 50:
+            usual = sorted(self.took)[int(0.95 * len(self.took))]
+            for deadline, start in self.out.items():
+                deadline.reschedule(min(deadline.when(), start + 3 * usual))
+
 # %% ../nbs/01e_llm.ipynb #3eeff63f
 async def ask(
     client: openai.AsyncOpenAI,  # from `open_client`
     settings: DecomposeSettings,  # model, longest answer, timeout
     messages: list[dict[str, str]],  # of the conversation
+    patience: Patience,  # shared by all requests
+    hurried: bool = False,  # whether it may be cut short at the end of a run
 ) -> Reply | Failure:  # no exception
     "Ask once; the SDK's typed method for this would spend as much time on the types as on everything else."
     form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": answer_schema()}}
     why, status, header = "", 0, None
     try:
-        async with asyncio.timeout(settings.timeout):
+        async with patience.wait(hurried):
             response = await client.post("/chat/completions", cast_to=httpx2.Response, body={
                 "model": settings.model, "messages": messages, "temperature": 0, "max_tokens": settings.answer_tokens,
                 "response_format": form})
@@ -350,7 +384,7 @@ async def ask(
     except openai.APIStatusError as error:
         status, header = error.status_code, error.response.headers.get("retry-after")
     except (TimeoutError, openai.APITimeoutError):
-        why = f"no answer within {settings.timeout:g} s"
+        why = "no answer in time"
     except (openai.OpenAIError, httpx2.HTTPError, OSError) as error:
         why = f"connection failed ({type(error.__cause__ or error).__name__})"
     if status:
@@ -413,6 +447,7 @@ class LLMDecomposer:
         self.cache = AnswerCache(answers)
         self.ledger = Ledger(self.settings, Counter(self.cache.spent))
         self.counts: Counter = Counter()  # attempts that failed, by reason
+        self.patience = Patience(self.settings.timeout)
         self._stop, self._losses = "", 0
 
     def decompose(
@@ -444,7 +479,7 @@ async def _settle(
             if self._stop:
                 return False
             self.ledger.reserved.update(most)
-            reply = await ask(client, self.settings, question.messages)
+            reply = await ask(client, self.settings, question.messages, self.patience, hurried=attempt == 0)
         self.ledger.reserved.subtract(most)
         self.ledger.spent["requests"] += 1
         if isinstance(reply, Reply):
@@ -499,14 +534,20 @@ async def _ask_all(self: LLMDecomposer, texts: list[str], done: Callable[[tuple[
         finally:
             alive.release()
 
-    flushing = asyncio.create_task(_flush(self.cache))
+    flushing, running = asyncio.create_task(_flush(self.cache)), set()
     try:
         async with open_client(self.endpoint, self.settings) as client, asyncio.TaskGroup() as group:
             for text in texts:
                 await alive.acquire()
                 if self._stop:
                     break
-                group.create_task(one(text))
+                task = group.create_task(one(text))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            while running:
+                if len(running) < self.settings.concurrency:
+                    self.patience.hurry()
+                await asyncio.sleep(0.05)
     finally:
         flushing.cancel()
         os.fsync(self.cache.file)
