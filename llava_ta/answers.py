@@ -183,8 +183,8 @@ def stem(
     cut = next((end for end in _ENDINGS if word.endswith(end) and len(word) - len(end) >= 4), "")
     return word.removesuffix(cut)
 
-# %% ../nbs/01d_answers.ipynb #23f2c2fe
-@lru_cache(maxsize=20_000)
+# %% ../nbs/01d_answers.ipynb #bb163478
+@lru_cache(maxsize=4_096)
 def content_words(
     text: str,  # any
 ) -> frozenset[str]:  # stems
@@ -216,7 +216,7 @@ class _Report:
         return [clause for clause in self.clauses if topic in (clause.topic, clause.denies)]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _read(text: str) -> _Report:
     return _Report(text, read_report(text),
                    [(start, end, _words_of(text[start:end])) for start, end in split_sentences(text)])

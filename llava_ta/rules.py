@@ -693,7 +693,7 @@ def _leftover(text: str, shift: int) -> Clause:
     return Clause(shift, shift + len(text), "special-other", status, said, ("other",), "special-other")
 
 # %% ../nbs/01c_rules.ipynb #37273433
-@lru_cache(maxsize=50_000)
+@lru_cache(maxsize=8_192)
 def read_sentence(
     text: str,  # one sentence, single-spaced, without its full stop
 ) -> tuple[Clause, ...]:  # positions are within the sentence

@@ -99,10 +99,10 @@ def test_five_thousand_reports(tmp_path: Path):
     check(found, stats, 5000)
     hangs = stats["served"]["hang"]
     least = (0.5 * (sum(stats["served"].values()) - hangs) + 5 * hangs) / 64  # seconds, were no slot ever idle
-    grown = (max(found["memory"][25:]) - max(found["memory"][5:10])) / 2**20
+    grown = (max(found["memory"][25:]) - max(found["memory"][15:25])) / 2**20  # second half against the first
     print(f"{found['seconds']:.1f} s, {least / found['seconds']:.1%} of what is possible, {grown:+.1f} MB;", stats)
     assert least / found["seconds"] >= 0.9
-    assert grown < 16
+    assert grown < 8
 
 
 @pytest.mark.slow
