@@ -7,7 +7,7 @@ __all__ = ['MEANINGS', 'PROMPT', 'KINDS', 'FOLLOW_UP', 'write_answer', 'system_p
            'prompt_hash', 'Problem', 'follow_up', 'stem', 'content_words', 'find_support', 'check_entries',
            'check_answer', 'Decomposed', 'trace', 'import_decompositions']
 
-# %% ../nbs/01d_answers.ipynb #d608a004
+# %% ../nbs/01d_answers.ipynb #aab1db02
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .core import digest
 from .ontology import TOPICS
-from .rules import Clause, RuleDecomposer, TopicSentence, load_lexicon, read_report, split_sentences
+from .rules import Clause, TopicSentence, load_lexicon, read_report, split_sentences
 
 # %% ../nbs/01d_answers.ipynb #6bb9741b
 MEANINGS: dict[str, str] = {  # topic -> what a report may say of it
@@ -282,20 +282,20 @@ def find_support(
         spans |= set(found)
     return tuple(sorted(spans)), missing
 
-# %% ../nbs/01d_answers.ipynb #61ba975c
+# %% ../nbs/01d_answers.ipynb #26bfc277
 _COMPARES = re.compile("|".join(rf"\b{rule.pattern}" for rule in load_lexicon() if rule.kind == "comparison"), re.I)
-_RULES = RuleDecomposer()
 
 
 def _wording(entry: SaidOfTopic) -> Iterator[Problem]:
     "Problems that an entry has by itself, whatever the report says."
     if match := _COMPARES.search(entry.sentence):
         yield Problem("comparison", entry.topic, f"{match.group()!r}")
-    if any(clause.status == "uncertain" for clause in read_report(entry.sentence)):
+    clauses = read_report(entry.sentence)
+    if any(clause.status == "uncertain" for clause in clauses):
         yield Problem("hedge", entry.topic, "leave out what is only suspected")
-    read = {said.topic: said.polarity for said in _RULES.decompose(entry.sentence)}
-    if read.get(entry.topic, entry.polarity) != entry.polarity:
-        yield Problem("polarity", entry.topic, f"the sentence reads as {read[entry.topic]}, not {entry.polarity}")
+    said = {clause.status for clause in clauses if clause.topic == entry.topic} & {"present", "absent"}
+    if said and (reads := "present" if "present" in said else "absent") != entry.polarity:
+        yield Problem("polarity", entry.topic, f"the sentence reads as {reads}, not {entry.polarity}")
 
 # %% ../nbs/01d_answers.ipynb #7f31f663
 def _sense(report: _Report, entry: SaidOfTopic) -> Iterator[Problem]:

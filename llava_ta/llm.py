@@ -23,6 +23,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import cache
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,17 +99,16 @@ def refuse_external(
         "copy and let nobody review the prompts. Ask a server of your own, or, if such an agreement covers you, set "
         "decompose.allow_external_endpoint=true and name it in decompose.agreement")
 
-# %% ../nbs/01e_llm.ipynb #f23eee31
-class Pinned(httpx2.AsyncHTTPTransport):
+# %% ../nbs/01e_llm.ipynb #646a177e
+class Pinned(httpx2.AsyncBaseTransport):
     "Connects to the addresses of an endpoint and nowhere else."
 
     def __init__(
         self,
         endpoint: Endpoint,  # which has been checked
-        concurrency: int = 1,  # connections
     ):
-        limits = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-        super().__init__(trust_env=False, limits=limits)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self.pools = cycle([httpx2.AsyncHTTPTransport(trust_env=False, limits=limits) for _ in range(_POOLS)])
         self.endpoint, self.order = endpoint, list(endpoint.addresses)
 
     async def handle_async_request(
@@ -119,22 +119,31 @@ class Pinned(httpx2.AsyncHTTPTransport):
         if request.url.host.strip("[]") != self.endpoint.host:
             raise PermissionError(f"only {self.endpoint.host} is asked")
         request.extensions = {**request.extensions, "sni_hostname": self.endpoint.host}
+        pool = next(self.pools)
         for address in list(self.order):
-            request.url = request.url.copy_with(host=address)
+            request.url = request.url if request.url.host == address else request.url.copy_with(host=address)
             try:
-                return await super().handle_async_request(request)
+                return await pool.handle_async_request(request)
             except httpx2.ConnectError:
                 self.order.append(self.order.pop(0))
         raise httpx2.ConnectError("no address of the server accepts connections")
 
+    async def aclose(self) -> None:
+        "Close all connections."
+        for pool in islice(self.pools, _POOLS):
+            await pool.aclose()
+
+
+_POOLS = 8  # of connections: each request looks through all connections of its pool
+
 # %% ../nbs/01e_llm.ipynb #9edefd18
 def open_client(
     endpoint: Endpoint,  # which has been checked
-    settings: DecomposeSettings,  # timeout, concurrency, name of the key's variable
+    settings: DecomposeSettings,  # timeout, name of the key's variable
 ) -> openai.AsyncOpenAI:  # to be closed
     "A client that goes to this endpoint only and leaves retries to us; the key is read here and kept nowhere else."
-    transport = Pinned(endpoint, settings.concurrency)
-    web = httpx2.AsyncClient(transport=transport, trust_env=False, follow_redirects=False, timeout=settings.timeout)
+    web = httpx2.AsyncClient(transport=Pinned(endpoint), trust_env=False, follow_redirects=False,
+                             timeout=settings.timeout)
     return openai.AsyncOpenAI(base_url=endpoint.url, api_key=os.environ.get(settings.api_key_env) or "none",
                               max_retries=0, timeout=settings.timeout, http_client=web)
 
