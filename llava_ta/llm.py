@@ -582,6 +582,8 @@ class _Loop(threading.Thread):
             asyncio.run(self._work())
         except BaseException as error:  # noqa: BLE001, it is raised where the results are read
             ended = error
+        while isinstance(ended, BaseExceptionGroup):  # what several requests met at once, e.g. a full disk
+            ended = ended.exceptions[0]
         self.ready.set()
         self.results.put(ended)
 

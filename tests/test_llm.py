@@ -81,13 +81,13 @@ def resume(
 
 def test_faults(tmp_path: Path):
     with serving(0.02, 0.1, 0.1) as url:
-        found = finish(asked(url, tmp_path / "answers.jsonl", 400, 3))
-        check(found, served(url), 400)
+        found = finish(asked(url, tmp_path / "answers.jsonl", 300, 3))
+        check(found, served(url), 300)
 
 
 def test_resuming(tmp_path: Path):
     with serving(0.02, 0.1, 0.1) as url:
-        resume(url, tmp_path / "answers.jsonl", 400, 3)
+        resume(url, tmp_path / "answers.jsonl", 300, 3)
 
 
 @pytest.mark.slow
@@ -151,7 +151,8 @@ def test_the_notebook_runs_all_three(tiny: str, tmp_path: Path):
     assert made["spent"]["requests"] == (tmp_path / "llm" / "llm" / "answers.jsonl").read_text().count("\n")
 
     columns = ["topic", "polarity", "sentence"]
-    lines = [{"study": study, "findings": rows[columns].to_dict("records")} for study, rows in findings.groupby("study")]
+    groups = findings.groupby("study")
+    lines = [{"study": study, "findings": rows[columns].to_dict("records")} for study, rows in groups]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     file = f"decompose.file={tmp_path / 'mine.jsonl'}"
     said = papermill("02_decompose", tmp_path, run="import", decomposer="import", overrides=file)
