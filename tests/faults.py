@@ -76,7 +76,10 @@ class Server:
             with suppress(TimeoutError):
                 await asyncio.wait_for(reader.read(1), HANG)
             return False
+        self.open += 1  # but for those that hang: when a client gives one up is noticed a little late
+        self.most = max(self.most, self.open)
         await asyncio.sleep(self.latency)
+        self.open -= 1
         if kind == "drop":
             return False
         head, body = self.response(kind, report)
@@ -98,10 +101,7 @@ class Server:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(said) + said)
                     await writer.drain()
                     continue
-                self.open += 1
-                self.most = max(self.most, self.open)
                 again = await self.answer(reader, writer, json.loads(body))
-                self.open -= 1
         writer.close()
 
 
