@@ -216,6 +216,8 @@ def _add(r: _Reading, index: int, topic: str, status: str, event: Event, **more:
 def _list_goes_on(r: _Reading, index: int) -> bool:
     "Whether the list that this chunk is in ends with an `or`."
     for chunk in r.chunks[index + 1:]:
+        if chunk.link == "open" and chunk.events[0].rule.id == "nor":
+            return True
         if chunk.link != "list" or chunk.of("verbs"):
             return False
         if "or" in chunk.joint:
