@@ -24,9 +24,8 @@ import pandas as pd
 
 from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings, data_dir, progress, root, source_tables
 from .download import fetch, unpack
-from llava_ta.studies import (
-    COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
-)
+from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, read_listing
+from .studies import says_nothing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
@@ -43,18 +42,21 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
     "other": r"notifications?|recommendations?(?:\(s\))?|wet read|preliminary report|critical results?|attestation",
 }
 _ANY = "|".join(_HEADINGS.values())
+_TOLD = "|".join(_HEADINGS[kind] for kind in ("findings", "impression"))
 _HEADING = re.compile(
-    rf"^[ \t]*(?P<line>(?i:{_ANY}))[ \t]*:"  # at the start of a line, in any letters
-    rf"|^[ \t]*(?P<alone>{_ANY.upper()})[ \t]*$"  # alone on its line
-    rf"|(?<=\s)(?=[A-Z]{{4}})(?P<inside>{_ANY.upper()}):"  # inside a line, in capitals
+    rf"^[ \t>#*•-]*(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
+    rf"|^[ \t>#*•-]*(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
+    rf"|(?<=\s)\**(?=[A-Z])(?P<inside>(?i:{_ANY}))[ \t*]*:\**"  # inside a line, with a capital
+    rf"|(?<=[.!?])\s+\**(?=[A-Z])(?P<dash>(?i:{_TOLD}))\**\s+[-–—](?=\s)"  # after a sentence, before a dash
     r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):(?!\d)", re.MULTILINE)
 
 # %% ../nbs/00g_sources.ipynb #d7eda646
 def _final_block(text: str) -> str:
     "The final report without wet read and addenda; of a report that is all addendum, the addendum."
-    last = re.split(r"^[ \t]*FINAL REPORT[ \t]*$", text, flags=re.MULTILINE)[-1]
+    lines = "\n".join(text.replace("\xa0", " ").splitlines())
+    last = re.split(r"^[ \t]*FINAL REPORT[ \t]*$", lines, flags=re.MULTILINE)[-1]
     main, *added = re.split(r"^[ \t_]*(?:FINAL )?ADDENDUM\b[ \t:]*", last, flags=re.MULTILINE)
-    return main if re.search("[a-z]{3}", main) or not added else "\n".join(added)
+    return main if re.search("[a-z]{3}|FINDING|IMPRESSION", main) or not added else "\n".join(added)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -67,6 +69,17 @@ def _is_prose(paragraph: str) -> bool:
     "Whether a paragraph without a heading says something in a sentence."
     return len(re.findall("[a-z]{2,}", paragraph)) >= 3 and "." in paragraph
 
+# %% ../nbs/00g_sources.ipynb #15c0e284
+def _begins(name: str, kind: str, section: str, before: str) -> bool:
+    "Whether a heading inside a line begins a section; `before` is what the present section has said so far."
+    if section not in ("findings", "impression") and (section or not _is_prose(before)):
+        return True
+    last = before.split()[-1:]
+    compound = bool(last) and last[0][0].isupper() and last[0][-1].isalnum()
+    if name.isupper():
+        return kind in ("findings", "impression") or not compound
+    return kind in ("findings", "impression", "other") and not compound
+
 # %% ../nbs/00g_sources.ipynb #cb077fb1
 def report_sections(
     text: str,  # a report as it was typed
@@ -77,12 +90,16 @@ def report_sections(
     examination), the first paragraph belongs to it, and later ones are text without a heading."""
     body, parts, section, start = _final_block(text), [], "", 0
     for found in _HEADING.finditer(body):
-        name = found["line"] or found["alone"] or found["inside"]
+        inside = found["inside"] or found["dash"]
+        name = found["line"] or found["alone"] or inside
+        kind = next((kind for kind, known in _HEADINGS.items() if name and re.fullmatch(known, name, re.I)), "findings")
+        before = body[start : found.start()]
+        if inside and not _begins(name, kind, section, before):
+            continue
         if not name and section in ("findings", "impression"):
             continue  # a view named inside the findings is not a new section
-        parts.append((section, body[start : found.start()]))
-        kinds = [kind for kind, known in _HEADINGS.items() if name and re.fullmatch(known, name, re.IGNORECASE)]
-        section, start = kinds[0] if kinds else "findings", found.end()
+        parts.append((section, before))
+        section, start = kind, found.end()
     parts.append((section, body[start:]))
     sections: dict[str, list[str]] = {}
     for section, part in parts:
@@ -100,7 +117,7 @@ def fill_findings(
 ) -> pd.DataFrame:  # findings filled, column section added; "none" where there is nothing
     "Let text without a heading, or else the impression, stand in for findings that are not there."
     text = reports["text"] if "text" in reports else pd.Series("", index=reports.index)
-    choice = [reports["findings"] != "", text != "", reports["impression"] != ""]
+    choice = [~said.map(says_nothing).astype(bool) for said in (reports["findings"], text, reports["impression"])]
     return reports.assign(
         findings=np.select(choice, [reports["findings"], text, reports["impression"]], ""),
         section=np.select(choice, ["findings", "text", "impression"], "none"),
@@ -404,31 +421,76 @@ def llava_rad_studies(
 # %% ../nbs/00g_sources.ipynb #0cdf6256
 FOLDER_COLUMNS: dict[str, str] = {  # column of a user's CSV -> meaning
     "film": "path of the film below the folder; needed",
-    "study": "identifier, unique; the film's path if absent",
-    "patient": "identifier; every study counts as a patient if absent",
-    "split": "train, valid, val (or test), new; if absent, a seeded tenth of the patients is val",
+    "study": "identifier, unique; the film's path without its ending if absent",
+    "patient": "identifier, needed in each row; every study counts as a patient if there is no such column",
+    "split": "train, valid, val (or test), new; without the column, a seeded tenth of the patients is val",
     "view": "PA, AP or frontal, which it is if absent",
     "report": "the whole report, cut at its headings; or else",
-    "findings": "its findings, with",
-    "impression": "and",
-    "indication": "where there are such",
+    "findings": "its findings",
+    "impression": "its impression; a cell that is not empty stands before that of `report`",
+    "indication": "why the film was taken; a cell that is not empty stands before that of `report`",
     "licence": "of the study",
 }
 _SPLIT_NAMES: dict[str, str] = {"validate": "valid", "validation": "valid", "dev": "valid", "test": "val"}
 
 # %% ../nbs/00g_sources.ipynb #0f426c5f
-def _folder_texts(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    "Findings, impression and indication of a user's table, from its columns or out of its reports."
+def _spoken(texts: pd.Series) -> pd.Series:
+    "Texts with normalised white space, empty where they only say that there is nothing."
+    return texts.map(lambda text: "" if says_nothing(text) else " ".join(text.split())).astype(object)
+
+
+def _cut_reports(reports: pd.Series, path: Path) -> list[dict[str, str]]:
+    "Sections of a user's reports; raises ValueError for one of which nothing could be learned."
+    cut = [{} if says_nothing(text) else report_sections(text) for text in reports]
+    for row, (text, sections) in enumerate(zip(reports, cut, strict=True), 1):
+        if not says_nothing(text) and not {"findings", "impression", "text"} & set(sections):
+            raise ValueError(f"{path}: row {row}, column report: no findings, no impression and no sentence is found; "
+                             "put 'FINDINGS:' before what it says, or use a column findings")
+    return cut
+
+
+def _folder_texts(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
+    "Findings, impression and indication of a user's table: its own cells, or else the sections of its reports."
     if "report" in table and "findings" in table:
         raise ValueError(f"{path}: columns report and findings are both there; keep one of them")
-    parts = ("findings", "impression", "indication", "text")
-    if "report" not in table:
-        return table.assign(**{part: table.get(part, "") for part in parts})
-    cut = [report_sections(text) for text in table["report"]]
-    said = [text.strip() != "" and not sections for text, sections in zip(table["report"], cut, strict=True)]
-    if any(said):
-        raise ValueError(f"{path}: row {said.index(True) + 1}, column report: it has no section and no sentence")
-    return table.assign(**{part: [sections.get(part, "") for sections in cut] for part in parts})
+    parts, empty = ("findings", "impression", "indication", "text"), pd.Series("", index=table.index, dtype=object)
+    typed = {part: table.get(part, empty) for part in (*parts, "report")}
+    cut = _cut_reports(typed["report"], path)
+    own = {part: _spoken(typed[part]) for part in parts}
+    told = {part: _spoken(pd.Series([sections.get(part, "") for sections in cut], dtype=object)) for part in parts}
+    said = {
+        "cells that say NaN, None or the like, taken as empty": sum(
+            int((cells.map(says_nothing).astype(bool) & (cells != "")).sum()) for cells in typed.values()),
+        "sections of a report that gave way to a column": sum(
+            int(((own[part] != "") & (told[part] != "") & (own[part] != told[part])).sum()) for part in parts),
+    }
+    return table.assign(**{part: own[part].mask(own[part] == "", told[part]) for part in parts}), said
+
+# %% ../nbs/00g_sources.ipynb #7a2fae64
+def _folder_names(table: pd.DataFrame) -> pd.DataFrame:
+    "Study, patient, view and licence of a user's table; what is absent is filled in."
+    stem = table["film"].str.replace(r"\.(?:png|jpe?g|tiff?|bmp|dcm|dicom)$", "", case=False, regex=True)
+    study = table.get("study", stem)
+    study = study.mask(study == "", stem)
+    views = {"pa": "PA", "ap": "AP", "": "frontal", "frontal": "frontal"}
+    view = table.get("view", pd.Series("", index=table.index)).map(lambda name: views.get(name.lower(), name))
+    licence = table.get("licence", pd.Series("", index=table.index)).replace("", "not stated")
+    return table.assign(study=study, patient=table.get("patient", study), view=view, licence=licence)
+
+
+def _folder_splits(table: pd.DataFrame, path: Path, seed: int) -> tuple[pd.DataFrame, dict[str, int]]:
+    "Splits of a user's table, drawn where it names none; a film without a report becomes `new`."
+    silent, kept = table["section"] == "none", "films without a report, of split new"
+    if "split" in table:
+        split = table["split"].str.lower().replace(_SPLIT_NAMES)
+        unnamed = silent & (split == "")
+        return table.assign(split=split.mask(unnamed, "new")), {kept: int(unnamed.sum())}
+    table = table.assign(split=np.where(silent, "new", "train"))
+    try:
+        table = cut_fold(table, 0.1, seed, "val")
+    except ValueError as error:
+        raise ValueError(f"{path}: column split is not there, and {error}") from None
+    return table, {"studies whose split was drawn": int((~silent).sum()), kept: int(silent.sum())}
 
 # %% ../nbs/00g_sources.ipynb #45776246
 def folder_studies(
@@ -438,28 +500,18 @@ def folder_studies(
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # the table; what had to be assumed
     "Read a user's own studies. Raises FileNotFoundError, or ValueError naming file, row and column."
     path = Path(path)
-    table = read_listing(path, ["film"])
+    table = read_listing(path, ["film"], FOLDER_COLUMNS)
     if unknown := [name for name in table if name not in FOLDER_COLUMNS]:
         raise ValueError(f"{path}: column {', '.join(unknown)} is not known; columns are {', '.join(FOLDER_COLUMNS)}")
-    table = fill_findings(_folder_texts(table, path))
-    silent, named, said = table["section"] == "none", "patient" in table, {}
-    films = [film.replace("\\", "/").removeprefix("./") for film in table["film"]]
-    study = table.get("study", pd.Series([re.sub(r"\.\w+$", "", film) for film in films]))
-    table = table.assign(film=films, study=study, patient=table.get("patient", study))
-    view = table.get("view", pd.Series("frontal", index=table.index))
-    view = view.map(lambda name: {"pa": "PA", "ap": "AP", "": "frontal"}.get(name.lower(), name))
-    if "split" in table:
-        split = table["split"].str.lower().replace(_SPLIT_NAMES)
-        table["split"] = split.mask(silent & (split == ""), "new")
-    else:
-        table["split"] = np.where(silent, "new", "train")
-        table = cut_fold(table, 0.1, seed, "val")
-        said["studies whose split was drawn"] = int((~silent).sum())
-    said |= {} if named else {"studies that count as a patient each": len(table)}
-    empty = [[] for _ in films]
-    table = table.assign(view=view, source="folder", credentialed=credentialed, mesh=empty, labels=empty,
-                         licence=table.get("licence", "not stated"))
-    return validate_studies(table[list(COLUMNS)], str(path)), said
+    if table.empty:
+        raise ValueError(f"{path}: there is no study in it")
+    alone = "patient" not in table
+    table, said = _folder_texts(table.assign(film=film_paths(table["film"], path)), path)
+    table, drawn = _folder_splits(_folder_names(fill_findings(table)), path, seed)
+    said |= {**drawn, "studies that count as a patient each": len(table) if alone else 0}
+    empty = [[] for _ in table["film"]]
+    table = table.assign(source="folder", credentialed=credentialed, mesh=empty, labels=empty)
+    return validate_studies(table[list(COLUMNS)], str(path)), {what: number for what, number in said.items() if number}
 
 # %% ../nbs/00g_sources.ipynb #76d5602a
 def missing_data(
