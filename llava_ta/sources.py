@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENI_ARCHIVES', 'MIMIC_LICENCE', 'FOLDER_COLUMNS', 'report_sections', 'fill_findings', 'parse_openi_report',
            'openi_reports', 'openi_studies', 'openi_films', 'fetch_openi', 'chexpert_labels', 'mimic_studies',
-           'llava_rad_studies', 'folder_studies', 'missing_data', 'read_source']
+           'llava_rad_studies', 'folder_studies', 'read_source']
 
 # %% ../nbs/00g_sources.ipynb #54816083
 import functools
@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings, data_dir, progress, root, source_tables
+from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings
+from .core import absent_data, data_dir, progress, root, source_tables
 from .download import fetch, unpack
 from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, read_listing
 from .studies import says_nothing, validate_studies
@@ -513,27 +514,6 @@ def folder_studies(
     table = table.assign(source="folder", credentialed=credentialed, mesh=empty, labels=empty)
     return validate_studies(table[list(COLUMNS)], str(path)), {what: number for what, number in said.items() if number}
 
-# %% ../nbs/00g_sources.ipynb #76d5602a
-def missing_data(
-    data: DataSettings,  # data section of a profile
-) -> list[str]:  # what is absent and where it comes from; empty when the data step can run
-    "List what the chosen source lacks on this machine, without reading any film."
-    lacks: list[str] = []
-    if "openi" in (data.source, data.texts) and importlib.util.find_spec("torchxrayvision") is None:
-        lacks.append("the Open-i reports: pip install torchxrayvision")
-    if data.source == "phantom":
-        return lacks
-    try:
-        folder, tables = data_dir(data), source_tables(data)
-    except FileNotFoundError as error:
-        return [*lacks, str(error)]
-    origin = {"mimic": "MIMIC-CXR-JPG 2.1.0, physionet.org/content/mimic-cxr-jpg", "folder": "your table of studies"}
-    if data.source == "openi":
-        tables = [] if tables[0].is_file() else [folder]
-    elif data.source == "mimic":
-        tables = [*(table for table in tables if "chat_dev" not in table.name), folder / "files"]
-    return lacks + [f"{path} ({origin.get(data.source, 'films of Open-i')})" for path in tables if not path.exists()]
-
 # %% ../nbs/00g_sources.ipynb #f145f15a
 def read_source(
     data: DataSettings,  # data section of a profile whose films are real
@@ -541,15 +521,16 @@ def read_source(
     """Read the studies of a source of real films, as many as the profile asks for.
 
     Raises FileNotFoundError listing absent files, ValueError naming file, row and column."""
-    if lacks := missing_data(data):
-        raise FileNotFoundError(f"data.source {data.source} cannot be read; missing: " + "; ".join(lacks))
-    folder = data_dir(data)
+    if absent := absent_data(data):
+        lacks = "; ".join(f"{key} = {path or '(not set)'} ({how})" for key, path, how in absent)
+        raise FileNotFoundError(f"data.source {data.source} cannot be read; missing: {lacks}")
+    folder, (first, *_) = data_dir(data), source_tables(data)
     if data.source == "mimic" and data.test_set == "official":
         return mimic_studies(folder, data.train, data.val, data.seed, data.films)
     if data.source == "mimic":
-        studies, said = llava_rad_studies(folder, data.annotations or folder, data.test_set, data.films)
+        studies, said = llava_rad_studies(folder, first.parent, data.test_set, data.films)
     elif data.source == "openi":
         studies, said = openi_films(folder)
     else:
-        studies, said = folder_studies(folder / data.table, data.credentialed, data.seed)
+        studies, said = folder_studies(first, data.credentialed, data.seed)
     return choose_studies(studies, data.train, data.val, data.seed), said

@@ -188,6 +188,25 @@ def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
     assert len(read_source(load_profile("paper", f"data.dir={tree}, data.annotations={lists}").data)[0]) == 5
 
 
+@pytest.mark.parametrize("profile", ["paper", "openi"])
+@pytest.mark.parametrize("place", ["", "nowhere", "empty"])
+def test_preflight_and_the_step_lack_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, place: str):
+    for source in ("OPENI", "MIMIC", "FOLDER"):
+        monkeypatch.delenv(f"LLAVA_TA_{source}_DIR", raising=False)
+    (tmp_path / "empty").mkdir()
+    for more in ("", "data.source=folder", "data.source=mimic, data.test_set=official, data.credentialed=true"):
+        overrides = f"data.dir={tmp_path / place}" if place else "data.dir=''"
+        loaded = load_profile(profile, f"{overrides}, {more}" if more else overrides)
+        listed = [(key, path) for key, path, _ in preflight(loaded).absent if key.startswith("data.")]
+        if (profile, place, more) == ("openi", "empty", ""):
+            assert not listed
+            continue
+        with pytest.raises(FileNotFoundError) as refused:
+            read_source(loaded.data)
+        assert listed and str(refused.value).count(" = ") == len(listed)
+        assert all(f"{key} = {path or '(not set)'} (" in str(refused.value) for key, path in listed)
+
+
 # ---- Open-i
 
 XML = """<?xml version="1.0" encoding="utf-8"?>
