@@ -803,9 +803,9 @@ def absent_data(
         with suppress(FileNotFoundError):
             folder = data_dir(data)
     there, wanted = folder is not None and folder.is_dir(), []
-    if "openi" in (data.source, data.texts) and not (there and (folder / "NLMCXR_reports").is_dir()):
-        if importlib.util.find_spec("torchxrayvision") is None:
-            wanted.append(("data.texts", None, HOW["data.texts"]))
+    own = there and (folder / "NLMCXR_reports").is_dir()
+    if "openi" in (data.source, data.texts) and not own and importlib.util.find_spec("torchxrayvision") is None:
+        wanted.append(("data.texts", None, HOW["data.texts"]))
     if data.source != "phantom":
         wanted.append(("data.dir", folder, HOW[f"data.dir {data.source}"]))
     if data.source == "mimic" and there:

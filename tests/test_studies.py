@@ -190,7 +190,9 @@ def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
 
 @pytest.mark.parametrize("profile", ["paper", "openi"])
 @pytest.mark.parametrize("place", ["", "nowhere", "empty"])
-def test_preflight_and_the_step_lack_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, place: str):
+def test_preflight_and_the_step_lack_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, place: str
+):
     for source in ("OPENI", "MIMIC", "FOLDER"):
         monkeypatch.delenv(f"LLAVA_TA_{source}_DIR", raising=False)
     (tmp_path / "empty").mkdir()
