@@ -15,7 +15,6 @@ import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings
 from .core import absent_data, data_dir, progress, root, source_tables
 from .download import fetch, unpack
 from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, read_listing
-from .studies import says_nothing, validate_studies
+from .studies import refuse, says_nothing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
@@ -143,32 +142,44 @@ def parse_openi_report(
         study = report.find("uId").get("id")
     except (ElementTree.ParseError, AttributeError) as error:
         raise ValueError(f"{name} is not a report of Open-i: {error}") from None
-    sections = {node.get("Label"): " ".join((node.text or "").split()) for node in report.iter("AbstractText")}
+    if not study:
+        raise ValueError(f"{name} is not a report of Open-i: its uId has no id")
+    sections: dict[str, list[str]] = {}
+    for node in report.iter("AbstractText"):
+        sections.setdefault(node.get("Label"), []).extend("".join(node.itertext()).split())
     return {
         "study": study,
-        **{part: sections.get(part.upper(), "") for part in ("findings", "impression", "indication")},
+        **{part: " ".join(sections.get(part.upper(), [])) for part in ("findings", "impression", "indication")},
         "mesh": [node.text for node in report.iter("major")],
         "images": [node.get("id") for node in report.iter("parentImage")],
     }
 
 # %% ../nbs/00g_sources.ipynb #4aa2374a
+def _openi_table(reports: dict[str, bytes]) -> pd.DataFrame:
+    "Parsed reports, one row each; raises ValueError that names two files of one study."
+    table, first = pd.DataFrame([parse_openi_report(text, name) for name, text in reports.items()]), {}
+    for study, name in zip(table["study"], reports, strict=True):
+        if first.setdefault(study, name) != name:
+            raise ValueError(f"{name}: study {study} has another report, {first[study]}")
+    return table
+
+
 @functools.cache
 def openi_reports(
     folder: str = "",  # of Open-i; its NLMCXR_reports/ is preferred to the installed reports
 ) -> pd.DataFrame:  # what `parse_openi_report` finds, one row a report
     """Read the reports of Open-i: XML files below a folder, else those that torchxrayvision installs.
 
-    Raises FileNotFoundError when neither is there, ValueError naming a file that is no report."""
+    Raises FileNotFoundError when neither is there, ValueError naming a file that is no report or a second one."""
     files = sorted(Path(folder, "NLMCXR_reports").rglob("*.xml")) if folder else []
     if files:
-        return pd.DataFrame([parse_openi_report(file.read_bytes(), str(file)) for file in files])
+        return _openi_table({str(file): file.read_bytes() for file in files})
     package = importlib.util.find_spec("torchxrayvision")
     archive = Path(package.submodule_search_locations[0], "data", "NLMCXR_reports.tgz") if package else None
     if archive is None or not archive.is_file():
         raise FileNotFoundError("the Open-i reports come with `pip install torchxrayvision`, which is not installed")
     with tarfile.open(archive) as tar:
-        xml = {member.name: tar.extractfile(member).read() for member in tar if member.name.endswith(".xml")}
-    return pd.DataFrame([parse_openi_report(text, name) for name, text in xml.items()])
+        return _openi_table({one.name: tar.extractfile(one).read() for one in tar if one.name.endswith(".xml")})
 
 # %% ../nbs/00g_sources.ipynb #6f806d77
 def openi_studies(
@@ -177,15 +188,13 @@ def openi_studies(
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # the table, `film` is the id of the image; what was left out
     """Join the Open-i manifest with the reports.
 
-    Split `val` is the literature's; everything else in the manifest is `train`. Raises ValueError when a study of the
-    manifest has no report."""
+    Split `val` is the literature's; what has none is `train`, too. Raises ValueError that names the row when a study of
+    the manifest has no report or another split."""
     path = Path(manifest or root() / "data_manifests" / "openi.csv")
     listed = read_listing(path, ["study", "image", "view", "split", "licence"])
+    refuse(listed, ~listed["split"].isin(["train", "val", ""]), "split", "is not train, val or empty", path)
     joined = listed.merge(openi_reports(folder), on="study", how="left", validate="many_to_one")
-    lost = joined["findings"].isna()
-    if lost.any():
-        row, study = int(lost.argmax()) + 1, joined["study"][lost].iloc[0]
-        raise ValueError(f"{path}: row {row}, column study: {study} has no report")
+    refuse(joined, joined["findings"].isna(), "study", "has no report", path)
     joined["split"] = np.where(joined["split"] == "val", "val", "train")
     joined = joined.assign(patient=joined["study"], film=joined["image"], source="openi", credentialed=False,
                            labels=[[] for _ in range(len(joined))])
@@ -193,20 +202,29 @@ def openi_studies(
 
 # %% ../nbs/00g_sources.ipynb #5231d513
 def _openi_index(folder: Path) -> pd.DataFrame:
-    "Primary frontal films of a folder with index.csv: study and film."
-    index = read_listing(folder / "index.csv", ["uid", "file", "primary_frontal"])
-    primary = index[index["primary_frontal"].str.lower().isin(["true", "1"])]
-    if primary["uid"].duplicated().any():
-        twice = primary["uid"][primary["uid"].duplicated()].iloc[0]
-        raise ValueError(f"{folder / 'index.csv'}: column uid: {twice} has two films that are primary_frontal")
-    return pd.DataFrame({"study": "CXR" + primary["uid"], "film": primary["file"].map(film_path)})
+    "Primary frontal films of a folder with index.csv: study and film; raises ValueError naming file, row and column."
+    path = folder / "index.csv"
+    index = read_listing(path, ["uid", "file", "primary_frontal"])
+    meant = index["primary_frontal"].str.lower().map({"true": 1, "1": 1, "false": 0, "0": 0, "": 0})
+    refuse(index, meant.isna(), "primary_frontal", "is neither True nor False", path)
+    primary = index[meant == 1]
+    twice = index.index.isin(primary.index[primary["uid"].duplicated()])
+    refuse(index, pd.Series(twice), "uid", "has another film that is primary_frontal", path)
+    rows = (primary.index + 1).tolist()
+    return pd.DataFrame({"study": "CXR" + primary["uid"], "film": film_paths(primary["file"], path, "file", rows)})
 
 
 def _openi_archive(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
-    "Films of the public archive that the manifest names: study and film."
+    "Films of the public archive that the manifest names: study and film; ValueError names a film that is there twice."
     base = folder / "NLMCXR_png" if (folder / "NLMCXR_png").is_dir() else folder
-    films = (file.relative_to(folder) for file in base.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".dcm"))
-    there = {film.stem: film.as_posix() for film in films if not any(part.startswith(".") for part in film.parts)}
+    endings, wanted, there = (".png", ".jpg", ".jpeg", ".dcm"), set(images["film"]), {}
+    for film in sorted(file.relative_to(folder) for file in base.rglob("*") if file.suffix.lower() in endings):
+        if film.stem not in wanted or any(part.startswith(".") for part in film.parts):
+            continue
+        if film.stem in there:
+            both = f"{there[film.stem]}, {film.as_posix()}"
+            raise ValueError(f"{folder}: image {film.stem} is there twice: {both}; keep one")
+        there[film.stem] = film.as_posix()
     return images.assign(film=images["film"].map(there)).dropna()
 
 # %% ../nbs/00g_sources.ipynb #f54bcb1e
@@ -222,7 +240,10 @@ def openi_films(
     if joined.empty:
         what = "no uid of index.csv" if indexed else "no film, by its name,"
         raise ValueError(f"{folder}: {what} is in the Open-i manifest")
-    return _finish(joined, str(folder), {**left_out, "studies without a film": len(studies) - len(joined)})
+    return _finish(joined, str(folder), {
+        **left_out, "studies without a film": len(studies) - len(joined),
+        "primary films of index.csv that are not in the manifest": len(films) - len(joined),
+    })
 
 # %% ../nbs/00g_sources.ipynb #04beba69
 OPENI_ARCHIVES: dict[str, str] = {  # folder that the archive becomes -> its address
@@ -248,7 +269,7 @@ MIMIC_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 
 
 def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
-    "One of PhysioNet's lists, all text; raises FileNotFoundError or ValueError naming file and column."
+    "One of PhysioNet's lists, all text; the first column of `needs` is unique. Errors name file, row and column."
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it comes with MIMIC-CXR-JPG 2.1.0")
     try:
@@ -257,9 +278,7 @@ def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if absent := [name for name in needs if name not in table]:
         raise ValueError(f"{path}: column {', '.join(absent)} is missing")
-    if "dicom_id" in needs and (twice := table["dicom_id"].duplicated()).any():
-        row = int(twice.argmax()) + 1
-        raise ValueError(f"{path}: row {row}, column dicom_id: {table['dicom_id'][row - 1]} occurs twice")
+    refuse(table, table[needs[0]].duplicated(), needs[0], "occurs twice", path)
     return table
 
 # %% ../nbs/00g_sources.ipynb #d4947577
@@ -298,17 +317,24 @@ def _report_reader(folder: Path) -> Callable[[str], str]:
     return read
 
 # %% ../nbs/00g_sources.ipynb #8119f1c5
+_LABEL_VALUES: dict[str, str] = {"1.0": "1", "0.0": "0", "-1.0": "-1", "1": "1", "0": "0", "-1": "-1"}
+
+
 def chexpert_labels(
     folder: str | Path,  # of MIMIC-CXR-JPG; without mimic-cxr-2.0.0-chexpert.csv.gz there are no labels
 ) -> dict[str, list[str]]:  # "s" and the study's number -> labels as `<label>=<value>`
-    "Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; what is not mentioned is not there."
+    """Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; what is not mentioned is not there.
+
+    Raises ValueError naming file, row and column of another value, or of a study that occurs twice."""
     path = Path(folder) / "mimic-cxr-2.0.0-chexpert.csv.gz"
     if not path.is_file():
         return {}
     table = _mimic_list(path, ("study_id",))
     labels = [name for name in table if name not in ("study_id", "subject_id")]
+    for name in labels:
+        refuse(table, ~table[name].isin([*_LABEL_VALUES, ""]), name, "is not 1.0, 0.0, -1.0 or empty", path)
     rows = zip(table["study_id"], table[labels].to_numpy(), strict=True)
-    return {f"s{study}": [f"{name}={float(value):.0f}" for name, value in zip(labels, row, strict=True) if value]
+    return {f"s{study}": [f"{name}={_LABEL_VALUES[value]}" for name, value in zip(labels, row, strict=True) if value]
             for study, row in rows}
 
 # %% ../nbs/00g_sources.ipynb #02aac4b8
@@ -328,13 +354,15 @@ def mimic_studies(
     table = listed.merge(splits[["dicom_id", "split"]], on="dicom_id", how="left")
     names = {"train": "train", "validate": "valid", "test": "val"}
     if (lost := ~table["split"].isin(names)).any():
-        film = table["dicom_id"][lost].iloc[0]
-        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {film} has no split")
+        film, split = table.loc[lost.idxmax(), ["dicom_id", "split"]]
+        why = "has no split" if pd.isna(split) else f"has split {split!r}, which is not train, validate or test"
+        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {film} {why}")
     stem = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/s" + table["study_id"]
     table = pd.DataFrame({"study": "s" + table["study_id"], "patient": "p" + table["subject_id"], "stem": stem,
                           "view": table["ViewPosition"], "image": table["dicom_id"], "split": table["split"].map(names),
                           "film": stem + "/" + table["dicom_id"] + ".jpg"})
     table, said = _frontals(table, films)
+    said["films of the split list without metadata"] = int((~splits["dicom_id"].isin(listed["dicom_id"])).sum())
     table = choose_studies(table, train, val, seed)
     read, labels = _report_reader(folder), chexpert_labels(folder)
     texts = {stem: report_sections(read(f"{stem}.txt")) for stem in progress(table["stem"].unique(), "reports")}
@@ -352,7 +380,19 @@ def _as_mimic(table: pd.DataFrame, labels: dict[str, list[str]]) -> pd.DataFrame
 _MIMIC_FILM = re.compile(r"(p\d\d/p(\d{8})/s(\d{8})/[^/]+)$")
 
 
-def _llava_rad_rows(path: Path) -> list[dict[str, str]]:
+def _entry_films(entry: object) -> list[tuple[object, object]]:
+    "Image and view of each film of an entry; ValueError where they cannot be told apart."
+    if not isinstance(entry, dict):
+        raise ValueError("is not an object with id and image")
+    images, views = (found if isinstance(found, list) else [found] for found in (entry.get("image"), entry.get("view")))
+    if not images:
+        raise ValueError("image is missing")
+    if len(images) != len(views):
+        raise ValueError(f"{len(images)} images, but {len(views)} views; view must be a list with one for each image")
+    return list(zip(images, views, strict=True))
+
+
+def _llava_rad_rows(path: Path) -> list[dict[str, object]]:
     "The films of one annotation file; raises ValueError naming file and entry (from 1)."
     try:
         entries = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -362,22 +402,23 @@ def _llava_rad_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: a list of entries is wanted")
     rows = []
     for number, entry in enumerate(entries, 1):
-        images = entry.get("image") if isinstance(entry, dict) else None
-        for image in images if isinstance(images, list) else [images]:
-            try:
-                rows.append(_llava_rad_row(entry, image))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: entry {number}: {error}") from None
+        try:
+            found = [_llava_rad_row(entry, *film) for film in _entry_films(entry)]
+            rows += [{**row, "where": f"{path}: entry {number}"} for row in found]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: entry {number}: {error}") from None
     return rows
 
 # %% ../nbs/00g_sources.ipynb #5669fb3c
-def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
+def _llava_rad_row(entry: dict, image: object, view: object) -> dict[str, str]:
     "One film of an entry; raises ValueError where the path or the patient cannot be told."
     if not isinstance(image, str):
         raise ValueError("image is missing")
     path = film_path(image)
     known = _MIMIC_FILM.search(path)
     named = re.fullmatch(r"p?(\d+)_s?(\d+)", str(entry.get("id", "")))
+    if named and known and named.groups() != known.groups()[1:]:
+        raise ValueError(f"id {entry['id']!r} names another patient or study than image {image!r}")
     patient, study = named.groups() if named else known.groups()[1:] if known else ("", "")
     if not study:
         raise ValueError(f"id {entry.get('id')!r} is not <patient>_<study>")
@@ -385,11 +426,22 @@ def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
     texts = {"findings": said[-1] if said else "", "impression": entry.get("impression"),
              "indication": entry.get("reason")}
     return {
-        "study": f"s{study}", "patient": f"p{patient}", "view": str(entry.get("view") or "").upper(),
+        "study": f"s{study}", "patient": f"p{patient}", "view": str(view or "").upper(),
         "film": f"files/{known[1]}" if known else path.removeprefix("mimic/"), "image": path.rsplit("/", 1)[-1],
         "method": str(entry.get("generate_method") or ""),
         **{part: " ".join(text.split()) if isinstance(text, str) else "" for part, text in texts.items()},
     }
+
+# %% ../nbs/00g_sources.ipynb #076b18fc
+def _refuse_shared_films(rows: pd.DataFrame) -> None:
+    "Raise a ValueError that names two entries which put one film into two splits or two studies."
+    for column in ("split", "study"):
+        torn = rows[column] != rows.groupby("film")[column].transform("first")
+        if torn.any():
+            here = rows.loc[torn.idxmax()]
+            first = rows[rows["film"] == here["film"]].iloc[0]
+            other = f"{first[column]} in {first['where']}"
+            raise ValueError(f"{here['where']}: film {here['film']} has {column} {here[column]}, but {other}")
 
 # %% ../nbs/00g_sources.ipynb #090c3376
 def llava_rad_studies(
@@ -401,19 +453,21 @@ def llava_rad_studies(
     """Read the studies of LLaVA-Rad's annotations: train, dev as `valid`, and one test set as `val`.
 
     Raises FileNotFoundError naming a file, ValueError naming file and entry."""
-    parts = []
+    rows = []
     for split, name in {"train": "train", "dev": "valid", "test": "val"}.items():
         path = Path(annotations) / LLAVA_RAD_LISTS[split]
         if path.is_file():
-            parts.append(pd.DataFrame(_llava_rad_rows(path)).assign(split=name))
+            rows += [{**row, "split": name} for row in _llava_rad_rows(path)]
         elif split != "dev":
             raise FileNotFoundError(f"{path} does not exist; it comes with LLaVA-Rad's annotations on physionet.org")
-    table = pd.concat(parts, ignore_index=True)
-    said = Counter({"without findings": int((table["findings"] == "").sum())})
-    table = table[table["findings"] != ""]
-    other = (table["split"] == "val") & (table["method"] != test_set)
-    said["test films of the other method"] = int(other.sum())
-    table = table[~other].assign(second=lambda rows: rows["method"] != test_set)
+    if not any(row["split"] == "val" and row["method"] == test_set for row in rows):
+        raise ValueError(f"{path}: no entry has generate_method {test_set!r}, the test set that is asked for")
+    table = pd.DataFrame(rows)
+    _refuse_shared_films(table)
+    silent = table["findings"].map(says_nothing)
+    other = ~silent & (table["split"] == "val") & (table["method"] != test_set)
+    said = {"without findings": int(silent.sum()), "test films of the other method": int(other.sum())}
+    table = table[~silent & ~other].assign(second=lambda kept: kept["method"] != test_set)
     table = table.sort_values("second", kind="stable")
     said["second texts of a film"] = int(table["film"].duplicated().sum())
     table, fewer = _frontals(table.drop_duplicates("film"), films)

@@ -122,7 +122,7 @@ def test_mimic_names_what_is_wrong(tmp_path: Path):
     lists = tree / "mimic-cxr-2.0.0-split.csv.gz"
     table = pd.read_csv(lists, dtype=str)
     for broken, expected in {
-        f"row 8, column dicom_id: {FILMS[0][0]} occurs twice": pd.concat([table, table[:1]]),
+        f"row 8, column dicom_id: '{FILMS[0][0]}' occurs twice": pd.concat([table, table[:1]]),
         "column split is missing": table.drop(columns="split"),
         f"column split: film {FILMS[0][0]} has no split": table[1:],
     }.items():
