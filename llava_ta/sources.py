@@ -43,9 +43,10 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
 }
 _ANY = "|".join(_HEADINGS.values())
 _TOLD = "|".join(_HEADINGS[kind] for kind in ("findings", "impression"))
+_MARKS = r"[ \t>#*•-]*(?:\d{1,2}[.)][ \t]+)?\**"  # of Markdown, of a list
 _HEADING = re.compile(
-    rf"^[ \t>#*•-]*(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
-    rf"|^[ \t>#*•-]*(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
+    rf"^{_MARKS}(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
+    rf"|^{_MARKS}(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
     rf"|(?<=\s)\**(?=[A-Z])(?P<inside>(?i:{_ANY}))[ \t*]*:\**"  # inside a line, with a capital
     rf"|(?<=[.!?])\s+\**(?=[A-Z])(?P<dash>(?i:{_TOLD}))\**\s+[-–—](?=\s)"  # after a sentence, before a dash
     r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):(?!\d)", re.MULTILINE)
@@ -58,13 +59,13 @@ def _final_block(text: str) -> str:
     main, *added = re.split(r"^[ \t_]*(?:FINAL )?ADDENDUM\b[ \t:]*", last, flags=re.MULTILINE)
     return main if re.search("[a-z]{3}|FINDING|IMPRESSION", main) or not added else "\n".join(added)
 
-
+# %% ../nbs/00g_sources.ipynb #962ef195
 def _paragraphs(text: str) -> list[str]:
     "Paragraphs with normalised white space and one mark for what was removed."
     found = (" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", text))
     return [re.sub("_{3,}", "___", part) for part in found if part.strip("_ ")]
 
-
+# %% ../nbs/00g_sources.ipynb #d69935fb
 def _is_prose(paragraph: str) -> bool:
     "Whether a paragraph without a heading says something in a sentence."
     return len(re.findall("[a-z]{2,}", paragraph)) >= 3 and "." in paragraph
@@ -163,7 +164,7 @@ def _openi_table(reports: dict[str, bytes]) -> pd.DataFrame:
             raise ValueError(f"{name}: study {study} has another report, {first[study]}")
     return table
 
-
+# %% ../nbs/00g_sources.ipynb #5c7db03d
 @functools.cache
 def openi_reports(
     folder: str = "",  # of Open-i; its NLMCXR_reports/ is preferred to the installed reports
@@ -213,7 +214,7 @@ def _openi_index(folder: Path) -> pd.DataFrame:
     rows = (primary.index + 1).tolist()
     return pd.DataFrame({"study": "CXR" + primary["uid"], "film": film_paths(primary["file"], path, "file", rows)})
 
-
+# %% ../nbs/00g_sources.ipynb #f2ab386e
 def _openi_archive(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
     "Films of the public archive that the manifest names: study and film; ValueError names a film that is there twice."
     base = folder / "NLMCXR_png" if (folder / "NLMCXR_png").is_dir() else folder
@@ -251,7 +252,7 @@ OPENI_ARCHIVES: dict[str, str] = {  # folder that the archive becomes -> its add
     "NLMCXR_png": "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_png.tgz",
 }
 
-
+# %% ../nbs/00g_sources.ipynb #53b6cd52
 def fetch_openi(
     folder: str | Path,  # becomes data.dir of the source openi
     archives: dict[str, str] | None = None,  # folder -> address; `OPENI_ARCHIVES` if not given
@@ -267,7 +268,7 @@ def fetch_openi(
 # %% ../nbs/00g_sources.ipynb #2ac6795a
 MIMIC_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 
-
+# %% ../nbs/00g_sources.ipynb #031a1f6c
 def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
     "One of PhysioNet's lists, all text; the first column of `needs` is unique. Errors name file, row and column."
     if not path.is_file():
@@ -319,7 +320,7 @@ def _report_reader(folder: Path) -> Callable[[str], str]:
 # %% ../nbs/00g_sources.ipynb #8119f1c5
 _LABEL_VALUES: dict[str, str] = {"1.0": "1", "0.0": "0", "-1.0": "-1", "1": "1", "0": "0", "-1": "-1"}
 
-
+# %% ../nbs/00g_sources.ipynb #5cdce1e5
 def chexpert_labels(
     folder: str | Path,  # of MIMIC-CXR-JPG; without mimic-cxr-2.0.0-chexpert.csv.gz there are no labels
 ) -> dict[str, list[str]]:  # "s" and the study's number -> labels as `<label>=<value>`
@@ -379,7 +380,7 @@ def _as_mimic(table: pd.DataFrame, labels: dict[str, list[str]]) -> pd.DataFrame
 # %% ../nbs/00g_sources.ipynb #b0cc0557
 _MIMIC_FILM = re.compile(r"(p\d\d/p(\d{8})/s(\d{8})/[^/]+)$")
 
-
+# %% ../nbs/00g_sources.ipynb #1f4c8fa9
 def _entry_films(entry: object) -> list[tuple[object, object]]:
     "Image and view of each film of an entry; ValueError where they cannot be told apart."
     if not isinstance(entry, dict):
@@ -391,7 +392,7 @@ def _entry_films(entry: object) -> list[tuple[object, object]]:
         raise ValueError(f"{len(images)} images, but {len(views)} views; view must be a list with one for each image")
     return list(zip(images, views, strict=True))
 
-
+# %% ../nbs/00g_sources.ipynb #1d90e83d
 def _llava_rad_rows(path: Path) -> list[dict[str, object]]:
     "The films of one annotation file; raises ValueError naming file and entry (from 1)."
     try:
@@ -493,7 +494,7 @@ def _spoken(texts: pd.Series) -> pd.Series:
     "Texts with normalised white space, empty where they only say that there is nothing."
     return texts.map(lambda text: "" if says_nothing(text) else " ".join(text.split())).astype(object)
 
-
+# %% ../nbs/00g_sources.ipynb #18fe207d
 def _cut_reports(reports: pd.Series, path: Path) -> list[dict[str, str]]:
     "Sections of a user's reports; raises ValueError for one of which nothing could be learned."
     cut = [{} if says_nothing(text) else report_sections(text) for text in reports]
@@ -503,7 +504,7 @@ def _cut_reports(reports: pd.Series, path: Path) -> list[dict[str, str]]:
                              "put 'FINDINGS:' before what it says, or use a column findings")
     return cut
 
-
+# %% ../nbs/00g_sources.ipynb #8de1e355
 def _folder_texts(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
     "Findings, impression and indication of a user's table: its own cells, or else the sections of its reports."
     if "report" in table and "findings" in table:
@@ -532,7 +533,7 @@ def _folder_names(table: pd.DataFrame) -> pd.DataFrame:
     licence = table.get("licence", pd.Series("", index=table.index)).replace("", "not stated")
     return table.assign(study=study, patient=table.get("patient", study), view=view, licence=licence)
 
-
+# %% ../nbs/00g_sources.ipynb #fbe2c5bc
 def _folder_splits(table: pd.DataFrame, path: Path, seed: int) -> tuple[pd.DataFrame, dict[str, int]]:
     "Splits of a user's table, drawn where it names none; a film without a report becomes `new`."
     silent, kept = table["section"] == "none", "films without a report, of split new"
@@ -563,7 +564,8 @@ def folder_studies(
     alone = "patient" not in table
     table, said = _folder_texts(table.assign(film=film_paths(table["film"], path)), path)
     table, drawn = _folder_splits(_folder_names(fill_findings(table)), path, seed)
-    said |= {**drawn, "studies that count as a patient each": len(table) if alone else 0}
+    said |= {**drawn, "studies that count as a patient each": len(table) if alone else 0,
+             "texts that stand in for findings": int(table["section"].isin(["text", "impression"]).sum())}
     empty = [[] for _ in table["film"]]
     table = table.assign(source="folder", credentialed=credentialed, mesh=empty, labels=empty)
     return validate_studies(table[list(COLUMNS)], str(path)), {what: number for what, number in said.items() if number}

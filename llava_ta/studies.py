@@ -79,7 +79,7 @@ def film_paths(
         try:
             cleaned.append(film_path(text))
         except ValueError as error:
-            raise ValueError(f"{source}: row {row}, column {column}: {text!r} {error}") from None
+            raise ValueError(f"{source}: row {row}, column {column}: {text!r:.120} {error}") from None
     return cleaned
 
 # %% ../nbs/00e_studies.ipynb #5370b07a
@@ -90,11 +90,13 @@ def refuse(
     reason: str,  # what is wrong with its value
     source: str | Path,  # file or collection that the table was read from
 ) -> None:
-    "Raise a ValueError that names the source, the first bad row (counted from 1), its study and the column."
+    """Raise a ValueError that names the source, the first bad row (counted from 1), its study and the column.
+
+    The value is shown up to 60 characters: where columns are mixed up it may be somebody's report."""
     if bad.any():
         at = int(np.flatnonzero(bad.to_numpy())[0])
         study = f" (study {table['study'].iloc[at]})" if "study" in table and column != "study" else ""
-        raise ValueError(f"{source}: row {at + 1}{study}, column {column}: {table[column].iloc[at]!r} {reason}")
+        raise ValueError(f"{source}: row {at + 1}{study}, column {column}: {table[column].iloc[at]!r:.60} {reason}")
 
 # %% ../nbs/00e_studies.ipynb #44069e27
 def _refuse_torn(studies: pd.DataFrame, among: pd.Series, shared: str, column: str, source: str) -> None:
