@@ -66,6 +66,11 @@ def film_path(
         raise ValueError("is not a path")
     return short
 
+# %% ../nbs/00e_studies.ipynb #37c7ed09
+def _shown(value: object) -> str:
+    "A cell of a table for a message; of a long text, its length alone."
+    return f"a text of {len(value)} characters" if isinstance(value, str) and len(value) > 120 else repr(value)
+
 # %% ../nbs/00e_studies.ipynb #84fb8863
 def film_paths(
     listed: Iterable[str],  # a column of paths
@@ -79,7 +84,7 @@ def film_paths(
         try:
             cleaned.append(film_path(text))
         except ValueError as error:
-            raise ValueError(f"{source}: row {row}, column {column}: {text!r:.120} {error}") from None
+            raise ValueError(f"{source}: row {row}, column {column}: {_shown(text)} {error}") from None
     return cleaned
 
 # %% ../nbs/00e_studies.ipynb #5370b07a
@@ -92,11 +97,11 @@ def refuse(
 ) -> None:
     """Raise a ValueError that names the source, the first bad row (counted from 1), its study and the column.
 
-    The value is shown up to 60 characters: where columns are mixed up it may be somebody's report."""
+    A long value is not shown: where columns are mixed up it may be somebody's report."""
     if bad.any():
         at = int(np.flatnonzero(bad.to_numpy())[0])
         study = f" (study {table['study'].iloc[at]})" if "study" in table and column != "study" else ""
-        raise ValueError(f"{source}: row {at + 1}{study}, column {column}: {table[column].iloc[at]!r:.60} {reason}")
+        raise ValueError(f"{source}: row {at + 1}{study}, column {column}: {_shown(table[column].iloc[at])} {reason}")
 
 # %% ../nbs/00e_studies.ipynb #44069e27
 def _refuse_torn(studies: pd.DataFrame, among: pd.Series, shared: str, column: str, source: str) -> None:
