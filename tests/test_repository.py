@@ -27,7 +27,7 @@ MEDIAN_LINES = 12
 MODULE_LINES = 400
 # Modules that may be longer, how long, and why.
 LONGER = {
-    "decompose": (600, "the grammar of a report sentence: it reads best in one piece"),
+    "rules": (600, "the grammar of a report sentence: it reads best in one piece"),
     "core": (680, "every setting of a profile is one documented line; the run machinery reads best in one piece"),
     "phantom": (720, "each structure of the chest and each finding is a few lines, and they share one picture"),
 }
