@@ -210,7 +210,7 @@ def _openi_index(folder: Path) -> pd.DataFrame:
     refuse(index, meant.isna(), "primary_frontal", "is neither True nor False", path)
     primary = index[meant == 1]
     twice = index.index.isin(primary.index[primary["uid"].duplicated()])
-    refuse(index, pd.Series(twice), "uid", "has another film that is primary_frontal", path)
+    refuse(index, twice, "uid", "has another film that is primary_frontal", path)
     rows = (primary.index + 1).tolist()
     return pd.DataFrame({"study": "CXR" + primary["uid"], "film": film_paths(primary["file"], path, "file", rows)})
 
