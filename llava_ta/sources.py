@@ -43,7 +43,8 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
 }
 _ANY = "|".join(_HEADINGS.values())
 _TOLD = "|".join(_HEADINGS[kind] for kind in ("findings", "impression"))
-_MARKS = r"[ \t>#*•-]*(?:\d{1,2}[.)][ \t]+)?\**"  # of Markdown, of a list
+_ITEM = rf"(?:[-*•]|\d{{1,2}}[.)])[ \t]+(?=\**(?i:{_TOLD})[ \t*]*:)"  # of a list: other headings are a part of the item
+_MARKS = rf"[ \t>]*(?:#+[ \t]*|{_ITEM})?\**"
 _HEADING = re.compile(
     rf"^{_MARKS}(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
     rf"|^{_MARKS}(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
@@ -77,9 +78,8 @@ def _begins(name: str, kind: str, section: str, before: str) -> bool:
         return True
     last = before.split()[-1:]
     compound = bool(last) and last[0][0].isupper() and last[0][-1].isalnum()
-    if name.isupper():
-        return kind in ("findings", "impression") or not compound
-    return kind in ("findings", "impression", "other") and not compound
+    main = kind in ("findings", "impression")
+    return main or not compound if name.isupper() else main and not compound
 
 # %% ../nbs/00g_sources.ipynb #cb077fb1
 def report_sections(
