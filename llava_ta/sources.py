@@ -42,7 +42,8 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
     "other": r"notifications?|recommendations?(?:\(s\))?|wet read|preliminary report|critical results?|attestation",
 }
 _ANY = "|".join(_HEADINGS.values())
-_TOLD = "|".join(_HEADINGS[kind] for kind in ("findings", "impression"))
+_MAIN = ("findings", "impression")
+_TOLD = "|".join(_HEADINGS[kind] for kind in _MAIN)
 _ITEM = rf"(?:[-*•]|\d{{1,2}}[.)])[ \t]+(?=\**(?i:{_TOLD})[ \t*]*:)"  # of a list: other headings are a part of the item
 _MARKS = rf"[ \t>]*(?:#+[ \t]*|{_ITEM})?\**"
 _HEADING = re.compile(
@@ -72,14 +73,20 @@ def _is_prose(paragraph: str) -> bool:
     return len(re.findall("[a-z]{2,}", paragraph)) >= 3 and "." in paragraph
 
 # %% ../nbs/00g_sources.ipynb #15c0e284
-def _begins(name: str, kind: str, section: str, before: str) -> bool:
+def _begins(name: str, kind: str, section: str, before: str, main_follows: bool) -> bool:
     "Whether a heading inside a line begins a section; `before` is what the present section has said so far."
-    if section not in ("findings", "impression") and (section or not _is_prose(before)):
-        return True
+    main = kind in _MAIN
+    if section not in _MAIN and (section or not _is_prose(before)):
+        return bool(section) or main or main_follows
     last = before.split()[-1:]
     compound = bool(last) and last[0][0].isupper() and last[0][-1].isalnum()
-    main = kind in ("findings", "impression")
     return main or not compound if name.isupper() else main and not compound
+
+# %% ../nbs/00g_sources.ipynb #c6c50ce8
+def _kind(found: re.Match) -> str:
+    "The section that a heading begins; a view that stands for a heading begins the findings."
+    name = found["line"] or found["alone"] or found["inside"] or found["dash"] or "findings"
+    return next(kind for kind, known in _HEADINGS.items() if re.fullmatch(known, name, re.IGNORECASE))
 
 # %% ../nbs/00g_sources.ipynb #cb077fb1
 def report_sections(
@@ -90,14 +97,13 @@ def report_sections(
     A section that occurs twice is joined. Below a heading that introduces (indication, comparison, technique,
     examination), the first paragraph belongs to it, and later ones are text without a heading."""
     body, parts, section, start = _final_block(text), [], "", 0
-    for found in _HEADING.finditer(body):
-        inside = found["inside"] or found["dash"]
-        name = found["line"] or found["alone"] or inside
-        kind = next((kind for kind, known in _HEADINGS.items() if name and re.fullmatch(known, name, re.I)), "findings")
-        before = body[start : found.start()]
-        if inside and not _begins(name, kind, section, before):
+    heads = [(found, _kind(found)) for found in _HEADING.finditer(body)]
+    for number, (found, kind) in enumerate(heads):
+        before, inside = body[start : found.start()], found["inside"] or found["dash"]
+        follows = any(later in _MAIN for _, later in heads[number + 1 :])
+        if inside and not _begins(inside, kind, section, before, follows):
             continue
-        if not name and section in ("findings", "impression"):
+        if found["views"] and section in _MAIN:
             continue  # a view named inside the findings is not a new section
         parts.append((section, before))
         section, start = kind, found.end()
