@@ -28,7 +28,7 @@ from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, r
 from .studies import refuse, says_nothing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
-_HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
+_HEADINGS: dict[str, str] = {  # section -> pattern in small letters
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
     "impression": r"(?:final |overall )?impressions?(?: ?(?:and|/|&) ?recommendations?(?:\(s\))?)?"
