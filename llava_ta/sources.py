@@ -28,7 +28,7 @@ from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, r
 from .studies import refuse, says_nothing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
-_HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
+_HEADINGS: dict[str, str] = {  # section -> pattern in small letters
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
     "impression": r"(?:final |overall )?impressions?(?: ?(?:and|/|&) ?recommendations?(?:\(s\))?)?"
@@ -42,8 +42,10 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
     "other": r"notifications?|recommendations?(?:\(s\))?|wet read|preliminary report|critical results?|attestation",
 }
 _ANY = "|".join(_HEADINGS.values())
-_TOLD = "|".join(_HEADINGS[kind] for kind in ("findings", "impression"))
-_MARKS = r"[ \t>#*•-]*(?:\d{1,2}[.)][ \t]+)?\**"  # of Markdown, of a list
+_MAIN = ("findings", "impression")
+_TOLD = "|".join(_HEADINGS[kind] for kind in _MAIN)
+_ITEM = rf"(?:[-*•]|\d{{1,2}}[.)])[ \t]+(?=\**(?i:{_TOLD})[ \t*]*:)"  # of a list: other headings are a part of the item
+_MARKS = rf"[ \t>]*(?:#+[ \t]*|{_ITEM})?\**"
 _HEADING = re.compile(
     rf"^{_MARKS}(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
     rf"|^{_MARKS}(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
@@ -71,15 +73,20 @@ def _is_prose(paragraph: str) -> bool:
     return len(re.findall("[a-z]{2,}", paragraph)) >= 3 and "." in paragraph
 
 # %% ../nbs/00g_sources.ipynb #15c0e284
-def _begins(name: str, kind: str, section: str, before: str) -> bool:
+def _begins(name: str, kind: str, section: str, before: str, main_follows: bool) -> bool:
     "Whether a heading inside a line begins a section; `before` is what the present section has said so far."
-    if section not in ("findings", "impression") and (section or not _is_prose(before)):
-        return True
+    main = kind in _MAIN
+    if section not in _MAIN and (section or not _is_prose(before)):
+        return bool(section) or main or main_follows
     last = before.split()[-1:]
     compound = bool(last) and last[0][0].isupper() and last[0][-1].isalnum()
-    if name.isupper():
-        return kind in ("findings", "impression") or not compound
-    return kind in ("findings", "impression", "other") and not compound
+    return main or not compound if name.isupper() else main and not compound
+
+# %% ../nbs/00g_sources.ipynb #c6c50ce8
+def _kind(found: re.Match) -> str:
+    "The section that a heading begins; a view that stands for a heading begins the findings."
+    name = found["line"] or found["alone"] or found["inside"] or found["dash"] or "findings"
+    return next(kind for kind, known in _HEADINGS.items() if re.fullmatch(known, name, re.IGNORECASE))
 
 # %% ../nbs/00g_sources.ipynb #cb077fb1
 def report_sections(
@@ -90,14 +97,13 @@ def report_sections(
     A section that occurs twice is joined. Below a heading that introduces (indication, comparison, technique,
     examination), the first paragraph belongs to it, and later ones are text without a heading."""
     body, parts, section, start = _final_block(text), [], "", 0
-    for found in _HEADING.finditer(body):
-        inside = found["inside"] or found["dash"]
-        name = found["line"] or found["alone"] or inside
-        kind = next((kind for kind, known in _HEADINGS.items() if name and re.fullmatch(known, name, re.I)), "findings")
-        before = body[start : found.start()]
-        if inside and not _begins(name, kind, section, before):
+    heads = [(found, _kind(found)) for found in _HEADING.finditer(body)]
+    for number, (found, kind) in enumerate(heads):
+        before, inside = body[start : found.start()], found["inside"] or found["dash"]
+        follows = any(later in _MAIN for _, later in heads[number + 1 :])
+        if inside and not _begins(inside, kind, section, before, follows):
             continue
-        if not name and section in ("findings", "impression"):
+        if found["views"] and section in _MAIN:
             continue  # a view named inside the findings is not a new section
         parts.append((section, before))
         section, start = kind, found.end()
@@ -210,7 +216,7 @@ def _openi_index(folder: Path) -> pd.DataFrame:
     refuse(index, meant.isna(), "primary_frontal", "is neither True nor False", path)
     primary = index[meant == 1]
     twice = index.index.isin(primary.index[primary["uid"].duplicated()])
-    refuse(index, pd.Series(twice), "uid", "has another film that is primary_frontal", path)
+    refuse(index, twice, "uid", "has another film that is primary_frontal", path)
     rows = (primary.index + 1).tolist()
     return pd.DataFrame({"study": "CXR" + primary["uid"], "film": film_paths(primary["file"], path, "file", rows)})
 

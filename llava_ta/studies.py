@@ -68,8 +68,9 @@ def film_path(
 
 # %% ../nbs/00e_studies.ipynb #37c7ed09
 def _shown(value: object) -> str:
-    "A cell of a table for a message; of a long text, its length alone."
-    return f"a text of {len(value)} characters" if isinstance(value, str) and len(value) > 120 else repr(value)
+    "A cell of a table for a message; of what may be a report, its length alone."
+    words = len(value.split()) if isinstance(value, str) else 0
+    return f"a text of {words} words" if words > 5 else repr(value)
 
 # %% ../nbs/00e_studies.ipynb #84fb8863
 def film_paths(
@@ -90,16 +91,16 @@ def film_paths(
 # %% ../nbs/00e_studies.ipynb #5370b07a
 def refuse(
     table: pd.DataFrame,  # any table
-    bad: pd.Series,  # bool, which rows break a rule
+    bad: pd.Series | np.ndarray,  # bool, which rows break a rule
     column: str,  # the column that breaks it
     reason: str,  # what is wrong with its value
     source: str | Path,  # file or collection that the table was read from
 ) -> None:
     """Raise a ValueError that names the source, the first bad row (counted from 1), its study and the column.
 
-    A long value is not shown: where columns are mixed up it may be somebody's report."""
+    A value of many words is not shown: where columns are mixed up it may be somebody's report."""
     if bad.any():
-        at = int(np.flatnonzero(bad.to_numpy())[0])
+        at = int(np.flatnonzero(bad)[0])
         study = f" (study {table['study'].iloc[at]})" if "study" in table and column != "study" else ""
         raise ValueError(f"{source}: row {at + 1}{study}, column {column}: {_shown(table[column].iloc[at])} {reason}")
 
