@@ -215,7 +215,7 @@ def _list_goes_on(r: _Reading, index: int) -> bool:
             return True
         if chunk.link != "list" or chunk.of("verbs"):
             return False
-        if "or" in chunk.joint:
+        if re.search("or|/", chunk.joint):
             return True
     return False
 
@@ -234,6 +234,9 @@ def _carries(r: _Reading, index: int) -> bool:
     if chunk.of("verbs", "normal") or re.match(r"\s*there\b", r.text[chunk.start:]):
         return False
     alternative = re.search(r"or|/|v", chunk.joint)
+    said = r.chunks[index - 1].of("seen", "findings")
+    if said and said[-1].rule.kind == "seen" and not alternative and not _list_goes_on(r, index):
+        return False  # "no effusion is seen, calcified nodes"
     return bool(alternative or _list_goes_on(r, index) or not _WORDS["fresh"].match(r.text, chunk.start))
 
 # %% ../nbs/01c_rules.ipynb #322938d4
