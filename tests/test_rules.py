@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def texts() -> dict[str, str]:  # study -> what is decomposed
     """The findings of Open-i, or the impression where there are none."""
     reports = openi_reports()
-    read = reports.findings.fillna("").mask(reports.findings.fillna("").map(says_nothing), reports.impression.fillna(""))
-    return dict(zip(reports.study, read))
+    findings, impression = reports.findings.fillna(""), reports.impression.fillna("")
+    return dict(zip(reports.study, findings.mask(findings.map(says_nothing), impression)))
 
 
 @pytest.mark.parametrize("name", ["A", "B"])
