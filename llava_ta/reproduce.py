@@ -24,18 +24,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
-from llava_ta.core import (
-    FIGURE_MODES,
-    Profile,
-    Ref,
-    Run,
-    Settings,
-    atomic_path,
-    check_params,
-    commit,
-    preflight,
-    run_pipeline,
-)
+from .core import FIGURE_MODES, Profile, Ref, Run, Settings
+from .core import atomic_path, check_params, commit, preflight, run_pipeline
 from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import difference, over_seeds, published_html

@@ -24,9 +24,7 @@ import pandas as pd
 
 from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings, data_dir, progress, root, source_tables
 from .download import fetch, unpack
-from llava_ta.studies import (
-    COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
-)
+from .studies import COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
 _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from llava_ta import phantom
+from llava_ta import phantom, realism
 from llava_ta.phantom import KINDS, Finding, draw, findings_from_mesh, fit_lung_shapes
 from llava_ta.sources import openi_reports
 from repository import LIB
@@ -38,3 +38,17 @@ def test_what_a_finding_changes_stands_in_tables(monkeypatch: pytest.MonkeyPatch
     drawn, normal = draw([Finding("osteopenia")], 5, 64), draw([], 5, 64)
     assert drawn.finding_masks.all() and np.array_equal(drawn.regions, normal.regions)
     assert not np.array_equal(drawn.film, normal.film)
+
+
+def test_only_films_travel_between_processes(monkeypatch: pytest.MonkeyPatch):
+    """Masks of phantoms are not sent along with the films that are asked for."""
+    sent = []
+
+    def each(function: object, jobs: list[tuple], desc: str) -> list:
+        sent.extend(function(*job) for job in jobs)
+        return sent
+
+    monkeypatch.setattr(realism, "each", each)
+    films = realism.draw_films([[], [Finding("cardiomegaly")]], 1, size=64)
+    assert films.shape == (2, 64, 64) and np.array_equal(films[0], draw([], 1_000_000, 64).film)
+    assert [type(one) for one in sent] == [np.ndarray] * 2

@@ -357,6 +357,18 @@ def test_core_is_light():
     assert min(float(done.stdout.split()[0]) for done in runs) < 1.0
 
 
+def test_the_package_imports_itself_relatively():
+    """So that a copy of it uses its own modules. nbdev rewrites imports of one line only."""
+    found = []
+    for path in sorted(LIB.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if "llava_ta" in {name.split(".")[0] for name in names}:
+                found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)[:80]}: write it on one line")
+    assert not found, listed(found)
+
+
 def imported_from_elsewhere() -> set[str]:  # top-level names
     """Collect what the package and the notebooks import, but for the standard library."""
     names = {name.split(".")[0] for notebook in ALL for cell in notebook.code for name in cell.imports}
