@@ -276,8 +276,17 @@ def test_a_thousand_films_with_thirty_bad_ones(tmp_path: Path):
 
 def test_too_many_bad_films_stop_the_step(tmp_path: Path):
     folder = own_folder(tmp_path / "own", 100, broken=8)
-    with pytest.raises(ValueError, match=r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"):
+    said = r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"
+    with pytest.raises(ValueError, match=said) as told:
         made(folder, tmp_path / "out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "out" / "refused.parquet")
+    assert str(told.value).endswith(f"all are in {tmp_path / 'out' / 'refused.parquet'}") and len(listed) == 6
+    assert ", ".join(listed["film"]) in str(told.value) and len(str(told.value).splitlines()) == 1
+    many = own_folder(tmp_path / "many", 300, broken=40)
+    with pytest.raises(ValueError, match="16 of 300 films") as told:
+        made(many, tmp_path / "many_out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "many_out" / "refused.parquet")
+    assert [name in str(told.value) for name in listed["film"]] == [True] * 10 + [False] * 6
     assert len(made(folder, tmp_path / "more", "data.source=folder, data.max_refused=0.1")[1]) == 92
 
 
