@@ -109,14 +109,18 @@ def _check_shape(height: int, width: int, max_pixels: int) -> None:
 CLIPPED: float = 0.005  # share of the pixels that a stretch may turn black, and as many white
 
 
+def _ends(levels: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    "The levels below and above which a stretch clips; float [L] in any order, and how often each occurs."
+    order = np.argsort(levels, kind="stable")
+    share = np.cumsum(counts[order]) / counts.sum()
+    return tuple(levels[order][np.searchsorted(share, (CLIPPED, 1 - CLIPPED))])
+
+
 def _stretched(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Grey in [0, 1] of each level, float [L] in any order, where `counts` says how often it occurs."
-    order = np.argsort(levels, kind="stable")
-    order = order[counts[order] > 0]
-    share = np.cumsum(counts[order]) / counts.sum()
-    low, high = levels[order][np.searchsorted(share, (CLIPPED, 1 - CLIPPED))]
+    low, high = _ends(levels, counts)
     if low == high:
-        low, high = levels[order][[0, -1]]
+        low, high = levels[counts > 0].min(), levels[counts > 0].max()
     return np.clip((levels - low) / max(high - low, 1e-12), 0, 1)
 
 # %% ../nbs/00d_films.ipynb #0145886e
@@ -217,7 +221,8 @@ def _view(data: pydicom.Dataset) -> str:
 
 # %% ../nbs/00d_films.ipynb #6f82e025
 _HEADER = ["Modality", "BodyPartExamined", "ViewPosition", "ViewCodeSequence", "Rows", "Columns", "NumberOfFrames",
-           "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored"]
+           "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "PixelAspectRatio",
+           "PresentationIntentType"]
 _PIXELS = ["HighBit", "PixelRepresentation", "PlanarConfiguration", "RescaleSlope", "RescaleIntercept", "WindowCenter",
            "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue",
            "PixelPaddingRangeLimit", "PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
@@ -303,6 +308,8 @@ def _table(item: pydicom.Dataset, little: bool) -> tuple[int, np.ndarray]:
 
 def _looked_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
     "Send values through a table; what lies outside it gets its first or last entry."
+    if first >= 2**15 and first > values.max():  # a negative number that was written without its sign
+        first -= 2**16
     return table[np.clip(np.rint(values) - first, 0, len(table) - 1).astype(np.int64)]
 
 # %% ../nbs/00d_films.ipynb #23cef22a
@@ -331,6 +338,9 @@ def _windowed(values: np.ndarray, centre: float, width: float, function: str) ->
     return np.clip((values - centre) / width + 0.5, 0, 1)
 
 # %% ../nbs/00d_films.ipynb #eee1e743
+_FLAT = 0.1  # of the greys; real films span 0.25 or more
+
+
 def _rescaled(levels: np.ndarray, data: pydicom.Dataset, little: bool) -> np.ndarray:
     "Stored levels through the modality table, or through slope and intercept."
     values = levels.astype(np.float64)
@@ -353,6 +363,10 @@ def _shown(levels: np.ndarray, counts: np.ndarray, data: pydicom.Dataset) -> np.
         grey = (_looked_up(values, first, table) - table.min()) / max(np.ptp(table), 1e-12)
     elif window := _window(data):
         grey = _windowed(values, *window)
+        low, high = _ends(grey, counts)
+        if high - low < _FLAT:
+            raise _Refusal(f"has a window (centre {window[0]:g}, width {window[1]:g}) that does not fit its values "
+                           f"({values.min():g} to {values.max():g}); export it with another one")
     elif data.BitsStored <= 8 and not data.get("ModalityLUTSequence") and levels.dtype.kind in "iu":
         bits, signed = int(data.BitsStored), int(data.get("PixelRepresentation") or 0)
         grey = np.clip((levels + signed * 2 ** (bits - 1)) / (2**bits - 1), 0, 1)
@@ -398,7 +412,7 @@ MODALITIES: tuple[str, ...] = ("CR", "DX", "RG", "OT", "")  # radiographs, scann
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
 
-def _check_header(header: FilmHeader) -> None:
+def _check_header(data: pydicom.Dataset, header: FilmHeader) -> None:
     "Refuse a DICOM file that is no single frontal radiograph."
     if header.modality not in MODALITIES:
         raise _Refusal(f"has modality {header.modality}; films are {', '.join(filter(None, MODALITIES))}")
@@ -408,6 +422,10 @@ def _check_header(header: FilmHeader) -> None:
         raise _Refusal("is a lateral view; only frontal films (PA, AP) are read")
     if header.photometric not in _PHOTOMETRIC:
         raise _Refusal(f"has photometric interpretation {header.photometric}, which no film has; export it again")
+    if str(data.get("PresentationIntentType") or "").upper() == "FOR PROCESSING":
+        raise _Refusal("holds raw detector data (FOR PROCESSING); export the film that was made from them")
+    if len(ratio := data.get("PixelAspectRatio") or ()) == 2 and ratio[0] != ratio[1]:
+        raise _Refusal(f"has pixels that are not square ({ratio[0]}:{ratio[1]}); export it with square ones")
 
 # %% ../nbs/00d_films.ipynb #0fd775f3
 def _decoded(data: pydicom.Dataset) -> np.ndarray:
@@ -438,7 +456,7 @@ def _read_dicom(path: Path, max_pixels: int) -> np.ndarray:
     "A film from a DICOM file."
     data = _dicom_header(path, max_pixels)
     header = _header_of(data)
-    _check_header(header)
+    _check_header(data, header)
     _check_shape(header.height, header.width, max_pixels)
     _check_decoder(data)
     data = pydicom.dcmread(path, specific_tags=[*_HEADER, *_PIXELS])

@@ -260,6 +260,23 @@ def test_windows_and_tables_agree_with_pydicom(tmp_path: Path, name: str, photom
     assert np.abs(read_film(tmp_path / "film") - theirs).max() < 1e-6
 
 
+def test_tables_of_signed_values(tmp_path: Path):
+    """The first input value is negative; some write it without its sign."""
+    stored, table, deep = RAW.astype(np.int16) - 1000, np.arange(4096) * 16, dict(BitsStored=16, HighBit=15)
+    unsigned = lut(0, 16, table)
+    plain = read_film(save(tmp_path / "film", RAW, VOILUTSequence=[unsigned]))
+    signed = lut(0, 16, table)
+    signed.add_new("LUTDescriptor", "SS", [4096, -1000, 16])
+    assert np.array_equal(read_film(save(tmp_path / "signed", stored, VOILUTSequence=[signed], **deep)), plain)
+    unsigned.LUTDescriptor = [4096, 2**16 - 1000, 16]
+    assert np.array_equal(read_film(save(tmp_path / "unsigned", stored, VOILUTSequence=[unsigned], **deep)), plain)
+
+
+def test_intent_and_shape_of_pixels_may_be_stated(tmp_path: Path, plain: np.ndarray):
+    path = save(tmp_path / "film", RAW, PresentationIntentType="FOR PRESENTATION", PixelAspectRatio=[1, 1])
+    assert np.array_equal(read_film(path), plain)
+
+
 def test_an_eight_bit_table_does_not_wrap_around(tmp_path: Path):
     table = np.linspace(0, 255, 4096).round()
     path = save(tmp_path / "film", RAW, VOILUTSequence=[lut(0, 8, table)])
@@ -560,8 +577,13 @@ BAD = {  # file: how it is made, what is said
     "no_pixels.dcm": (lambda p: save(p, RAW, PixelData=None), "no pixel data"),
     "few_pixels.dcm": (lambda p: save(p, RAW, PixelData=RAW.tobytes()[:8000]), "cannot be decoded"),
     "blank.dcm": (lambda p: save(p, RAW * 0 + 7), "single grey"),
-    "blind.dcm": (lambda p: save(p, RAW, WindowCenter=9000, WindowWidth=10), "single grey"),
-    "almost_blind.dcm": (lambda p: save(p, RAW, WindowCenter=4200, WindowWidth=1502), "single grey in all but 1%"),
+    "blind.dcm": (lambda p: save(p, RAW, WindowCenter=9000, WindowWidth=10), "(centre 9000, width 10) that does not"),
+    "pale.dcm": (
+        lambda p: save(p, EIGHT, WindowCenter=2048, WindowWidth=4096), "(centre 2048, width 4096) that does not fit"),
+    "raw.dcm": (lambda p: save(p, RAW, PresentationIntentType="FOR PROCESSING"), "raw detector data"),
+    "oblong.dcm": (lambda p: save(p, RAW, PixelAspectRatio=[1, 2]), "not square (1:2)"),
+    "almost_blind.dcm": (lambda p: save(p, RAW, WindowCenter=4200, WindowWidth=1502), "does not fit its values"),
+    "dots.png": (lambda p: image(p, np.uint8(255 * (np.indices((96, 96)) % 48 == 0).all(0))), "all but 1%"),
     "nan_slope.dcm": (lambda p: misstated(p, RescaleSlope="nan"), "has rescale slope nan"),
     "inf_slope.dcm": (lambda p: misstated(p, RescaleSlope="inf"), "has rescale slope inf"),
     "no_slope.dcm": (lambda p: save(p, RAW, RescaleSlope=0), "has rescale slope 0"),
