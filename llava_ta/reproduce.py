@@ -300,8 +300,8 @@ def provenance(
                 "Nothing on this page comes from a patient; it may be passed on.")
     what = f"{films} {'with their' if data.texts == 'source' else 'and real Open-i'} reports"
     if is_credentialed(studies):
-        why = "under the data use agreement of PhysioNet" if data.source == "mimic" else "credentialed"
-        return what, f"The reports on this page are {why}: it must not leave this machine."
+        under = " under the data use agreement of PhysioNet" if data.source == "mimic" else ""
+        return what, f"This page holds credentialed reports{under}: it must not leave this machine."
     if "openi" in (data.source, data.texts):
         return what, ("Open-i reports are under CC BY-NC-ND. This page holds parts of them and must not be "
                       "redistributed.")
