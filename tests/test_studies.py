@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from llava_ta import reproduce
 from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
 from llava_ta.data import FilmStore, make_data
 from llava_ta.sources import (
@@ -317,6 +318,18 @@ def test_films_without_reports_and_texts_that_stay(tmp_path: Path):
     assert not is_credentialed(table)
     with pytest.raises(ValueError, match="data.credentialed: the texts of MIMIC-CXR are always"):
         load_profile("paper", "data.credentialed=false")
+
+
+@pytest.mark.parametrize("credentialed, terms", [
+    ("true", "This page holds credentialed reports: it must not leave this machine."),
+    ("false", "This page is under the licence of your table (not stated); share it on those terms alone.")])
+def test_the_page_of_ones_own_films_says_what_may_be_done_with_it(tmp_path: Path, credentialed: str, terms: str):
+    wanted = f"data.source=folder, data.credentialed={credentialed}"
+    made(own_folder(tmp_path / "own", 4), tmp_path / "data", wanted)
+    run = Run(Settings(profile=load_profile("openi", wanted), run="test"))
+    run.path = lambda step: tmp_path / step
+    head = reproduce._head(run, {"studies": 1})
+    assert terms in head and "real films of your own folder with their reports" in head
 
 
 def test_an_edited_table_makes_the_artefact_stale(tmp_path: Path):
