@@ -634,21 +634,31 @@ def module_digest(
     return source_digest(Path(spec.origin).read_text(encoding="utf-8"))
 
 # %% ../nbs/00_core.ipynb #9169a6c6
+def _folder_contents(folder: Path) -> list[tuple]:
+    "Name, size and time of change of each file below a folder; what cannot be looked at counts by name and reason."
+    found, todo, seen = [], [str(folder)], set()
+    while todo:
+        path = todo.pop()
+        name = os.path.relpath(path, folder)
+        try:
+            what = os.stat(path)
+            if not os.path.isdir(path):
+                found.append((name, what.st_size, what.st_mtime_ns))
+            elif (what.st_dev, what.st_ino) not in seen:  # a link may lead to a folder twice, or round in a circle
+                seen.add((what.st_dev, what.st_ino))
+                todo += [os.path.join(path, entry) for entry in sorted(os.listdir(path)) if entry[0] != "."]
+        except OSError as error:
+            found.append((name, error.strerror))
+    return found
+
+
 @cache
 def path_digest(
     path: Path,  # a file, or a folder of films
 ) -> str:  # 16 hexadecimal digits; "absent" if there is no such path
-    "Hash a file by its content (up to 64 MB), a larger one by name, size and time, a folder by names and sizes."
+    "Hash a file by its content (up to 64 MB); a larger one, or all in a folder, by names, sizes and times of change."
     if path.is_dir():
-        found, todo = [], [path]
-        while todo:
-            with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        size = -1 if entry.is_dir() else entry.stat().st_size
-                        found += [(os.path.relpath(entry.path, path), size)] if size >= 0 else []
-                        todo += [entry.path] if size < 0 else []
-        return digest(sorted(found))
+        return digest(_folder_contents(path))
     if not path.exists():
         return "absent"
     if path.stat().st_size > 64 << 20:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from llava_ta import reproduce
 from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
 from llava_ta.data import FilmStore, make_data
 from llava_ta.sources import (
@@ -309,8 +310,17 @@ def test_a_thousand_films_with_thirty_bad_ones(tmp_path: Path):
 
 def test_too_many_bad_films_stop_the_step(tmp_path: Path):
     folder = own_folder(tmp_path / "own", 100, broken=8)
-    with pytest.raises(ValueError, match=r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"):
+    said = r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"
+    with pytest.raises(ValueError, match=said) as told:
         made(folder, tmp_path / "out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "out" / "refused.parquet")
+    assert str(told.value).endswith(f"all are in {tmp_path / 'out' / 'refused.parquet'}") and len(listed) == 6
+    assert ", ".join(listed["film"]) in str(told.value) and len(str(told.value).splitlines()) == 1
+    many = own_folder(tmp_path / "many", 300, broken=40)
+    with pytest.raises(ValueError, match="16 of 300 films") as told:
+        made(many, tmp_path / "many_out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "many_out" / "refused.parquet")
+    assert [name in str(told.value) for name in listed["film"]] == [True] * 10 + [False] * 6
     assert len(made(folder, tmp_path / "more", "data.source=folder, data.max_refused=0.1")[1]) == 92
 
 
@@ -362,6 +372,18 @@ def test_no_message_prints_a_report(tmp_path: Path):
         with pytest.raises(ValueError) as refused:
             folder_studies(folder / "studies.csv")
         assert str(refused.value).startswith(str(folder / "studies.csv")) and "Jane" not in str(refused.value)
+
+
+@pytest.mark.parametrize("credentialed, terms", [
+    ("true", "This page holds credentialed reports: it must not leave this machine."),
+    ("false", "This page is under the licence of your table (not stated); share it on those terms alone.")])
+def test_the_page_of_ones_own_films_says_what_may_be_done_with_it(tmp_path: Path, credentialed: str, terms: str):
+    wanted = f"data.source=folder, data.credentialed={credentialed}"
+    made(own_folder(tmp_path / "own", 4), tmp_path / "data", wanted)
+    run = Run(Settings(profile=load_profile("openi", wanted), run="test"))
+    run.path = lambda step: tmp_path / step
+    head = reproduce._head(run, {"studies": 1})
+    assert terms in head and "real films of your own folder with their reports" in head
 
 
 def test_an_edited_table_makes_the_artefact_stale(tmp_path: Path):
