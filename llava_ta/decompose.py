@@ -20,6 +20,7 @@ import pandas as pd
 
 from .answers import Decomposed, import_decompositions, prompt_hash, trace
 from .core import Run, progress, write_table
+from .llm import LLMDecomposer
 from .rules import Clause, RuleDecomposer, TopicSentence, read_report
 from .studies import is_credentialed
 
@@ -67,22 +68,19 @@ class ImportedDecomposer:
         for i, study in enumerate(self.reports):
             yield i, Decomposed(self.found.get(study, []), "import" if texts[i].strip() else "empty")
 
-# %% ../nbs/02_decompose.ipynb #9b0f1e02
-DECOMPOSERS: tuple[str, ...] = ("rules", "llm", "import")  # names in a profile
+# %% ../nbs/02_decompose.ipynb #b90d42d5
+DECOMPOSERS: dict[str, type[Decomposer]] = {  # name in a profile -> class
+    "rules": RuleDecomposer, "llm": LLMDecomposer, "import": ImportedDecomposer}
 
 
 def get_decomposer(
-    name: str,  # one of `DECOMPOSERS`
+    name: str,  # a key of `DECOMPOSERS`
     **options: Any,  # of `LLMDecomposer` or of `ImportedDecomposer`
 ) -> Decomposer:  # ready for use
     "A decomposer by its name in a profile; raises `ValueError` where there is none."
     if name not in DECOMPOSERS:
         raise ValueError(f"decompose.name: {name!r} is unknown; available: {', '.join(DECOMPOSERS)}")
-    if name == "llm":
-        from llava_ta.llm import LLMDecomposer  # the SDK takes a while to load
-
-        return LLMDecomposer(**options)
-    return {"rules": RuleDecomposer, "import": ImportedDecomposer}[name](**options)
+    return DECOMPOSERS[name](**options)
 
 # %% ../nbs/02_decompose.ipynb #3945a3c1
 _FINDING = ["study", "topic", "polarity", "sentence", "spans", "rules", "made_by", "model", "prompt"]

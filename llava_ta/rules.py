@@ -91,8 +91,8 @@ _WORDS = {rule.id: re.compile(rule.pattern, re.I) for rule in _RULES if rule.kin
 _MENDS = [(re.compile(rf"\b{rule.pattern}", re.I), rule.name) for rule in _RULES if rule.kind == "mends"]
 
 # %% ../nbs/01c_rules.ipynb #27e86db8
-_STOP = re.compile(r"(?<![\s(]\d)(?<!\bdr)(?<!\bvs)(?<!approx)[.?!]+(?=\s|$)|[.?!]+$|\s(?=\d{1,2}[.)]\s+[A-Z])"
-                   r"|\n\s*\n|\n\s*(?=[-*•])", re.I)
+_STOP = re.compile(r"(?<![\s(]\d)(?<!\bdr)(?<!\bvs)(?<!approx)[.?!]+(?=\s|$)|[.?!]+$"
+                   r"|(?<=\w\w)\.(?=(?-i:[A-Z])[a-z])|\s(?=\d{1,2}[.)]\s+[A-Z])|\n\s*\n|\n\s*(?=[-*•])", re.I)
 _LEAD = re.compile(r"[\s.,;:*•-]*(?:\(?\d{1,2}[.)](?!\d)\s*)?[\s.,;:*•-]*")
 
 
@@ -211,9 +211,11 @@ def _add(r: _Reading, index: int, topic: str, status: str, event: Event, **more:
 def _list_goes_on(r: _Reading, index: int) -> bool:
     "Whether the list that this chunk is in ends with an `or`."
     for chunk in r.chunks[index + 1:]:
+        if chunk.link == "open" and chunk.events[0].rule.id == "nor":
+            return True
         if chunk.link != "list" or chunk.of("verbs"):
             return False
-        if "or" in chunk.joint:
+        if re.search("or|/", chunk.joint):
             return True
     return False
 
@@ -232,6 +234,9 @@ def _carries(r: _Reading, index: int) -> bool:
     if chunk.of("verbs", "normal") or re.match(r"\s*there\b", r.text[chunk.start:]):
         return False
     alternative = re.search(r"or|/|v", chunk.joint)
+    said = r.chunks[index - 1].of("seen", "findings")
+    if said and said[-1].rule.kind == "seen" and not alternative and not _list_goes_on(r, index):
+        return False  # "no effusion is seen, calcified nodes"
     return bool(alternative or _list_goes_on(r, index) or not _WORDS["fresh"].match(r.text, chunk.start))
 
 # %% ../nbs/01c_rules.ipynb #322938d4
@@ -587,7 +592,7 @@ def positive_sentence(
     plain = plain if re.match(r"[A-Z][A-Z\d]|[B-Z]\b", plain) else plain[:1].lower() + plain[1:]
     head = _WORDS["preposition"].split(plain, maxsplit=1)[0]
     early = word and not re.search(r"\b(?:in|of|at|with|within)\b", plain.lower().partition(word)[0])
-    plural = bool(_WORDS["plural"].search(word)) if early and word in plain.lower() else is_plural(plain)
+    plural = is_plural(word if early and word in plain.lower() else plain)
     bare = plural or _WORDS["determined"].match(plain) or not _WORDS["counted"].search(head[-14:])
     article = "" if bare else "an " if plain[0].lower() in "aeiou" else "a "
     return f"There {'are' if plural else 'is'} {article}{plain}."
@@ -689,7 +694,7 @@ def _leftover(text: str, shift: int) -> Clause:
     if not said:
         why = why or "no statement"
         return Clause(shift, shift + len(text), f"dropped: {why}", "dropped", "", (why,))
-    status = "absent" if "negation" in kinds else "present"
+    status = "absent" if kinds & {"negation", "normal"} else "present"
     return Clause(shift, shift + len(text), "special-other", status, said, ("other",), "special-other")
 
 # %% ../nbs/01c_rules.ipynb #37273433
@@ -698,6 +703,9 @@ def read_sentence(
     text: str,  # one sentence, single-spaced, without its full stop
 ) -> tuple[Clause, ...]:  # positions are within the sentence
     "Every clause of a sentence, kept or dropped."
+    said = (event.rule.topic for chunk in split_chunks(text.lower()) for event in chunk.events)
+    if _VIEWS.fullmatch(text) and not any(topic.startswith(("disease", "organ")) for topic in said):
+        return (Clause(0, len(text), "dropped: views", "dropped", "", ("views",)),)
     lead = _WORDS["lead-in"].match(text)
     shift = lead.end() if lead and lead.end() < len(text) else 0
     body, lower = text[shift:], text[shift:].lower()
