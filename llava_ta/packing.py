@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Step', 'STEP', 'SQUARE', 'Sample', 'make_sample', 'Node', 'build_tree', 'Piece', 'Row', 'lay_out', 'kept_patches',
-           'write_row', 'Batch', 'collate', 'pack', 'within_budget', 'batch_losses', 'step_flops', 'compare_packing']
+           'Pruner', 'write_row', 'Batch', 'collate', 'pack', 'within_budget', 'batch_losses', 'step_flops',
+           'compare_packing']
 
 # %% ../nbs/05c_packing.ipynb #522156f5
 import time
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from .features import image_names
 from .mapping import union_mask
 from .model import IMAGE, IMAGE_TOKEN, LlavaTA, last_hidden, losses_at, prompt_pieces
 from .tree_attention import ATTENTION, Tree
@@ -156,6 +158,31 @@ def kept_patches(
         if touched.any() and not touched.all():
             found[name] = touched.nonzero()[:, 0].tolist()
     return found
+
+# %% ../nbs/05c_packing.ipynb #efc4e4bc
+class Pruner:
+    "What a model leaves of the segmented images of each film: nothing is left out unless its configuration says `prune`."
+
+    def __init__(
+        self,
+        model: LlavaTA,  # whose configuration and grid are used
+        masks: Sequence[np.ndarray],  # bool [7, h, w] of each film, e.g. a `MaskStore`
+    ):
+        self.config, self.masks = model.config, masks
+        self.grid = model.tower.shape()[:2] if model.config.prune else (0, 0)
+        self._known: dict[int, dict[str, list[int]]] = {}
+
+    def __call__(
+        self,
+        row: int | None,  # of the film; None for the black one
+    ) -> dict[str, list[int]]:  # for `write_row`
+        "The tokens to keep, see `kept_patches`."
+        if not self.config.prune or row is None:
+            return {}
+        if row not in self._known:
+            names = image_names(self.config.preset)
+            self._known[row] = kept_patches(self.masks[row], names, self.grid, self.config.dilate)
+        return self._known[row]
 
 # %% ../nbs/05c_packing.ipynb #38b070a3
 def _answer_ids(model: LlavaTA, text: str, template: str) -> list[int]:

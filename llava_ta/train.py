@@ -19,8 +19,9 @@ import torch
 from .core import RESUME, Profile, Run, StageSettings, TrainSettings, best_device, write_table
 from .features import FeatureStore, tower_weights
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
-from .packing import Batch, Sample, batch_losses, make_sample, pack
+from .packing import Batch, Pruner, Sample, batch_losses, make_sample, pack
 from .pretrain import language_model_folder, optimise
+from .segment import MaskStore
 
 # %% ../nbs/06_train.ipynb #8d89437b
 RARE = 100  # a topic that is never present is asked once for so many studies
@@ -57,7 +58,7 @@ class Studies:
         self.reports = studies.set_index("row").findings.to_dict()
         self.samples = samples[samples.row.isin(self.reports)]
         self.rows = sorted(set(self.samples.row))
-        self.features = FeatureStore(run.path("features"))
+        self.features, self.masks = FeatureStore(run.path("features")), MaskStore(run.path("segment"))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,8 +87,10 @@ def study_batch(
     black: bool = False,  # show a black film instead
 ) -> tuple[Batch, torch.Tensor]:  # for `batch_losses`
     "Pack some studies and fetch their features."
-    batch = pack(model, [taught[row] for row in rows], studies.features.tokens, model.config.template)
-    return batch, studies.features.stack((None if black else rows[number], name) for number, name in batch.images)
+    pruner, shown = Pruner(model, studies.masks), [None if black else row for row in rows]
+    kept, tokens = [pruner(row) for row in shown], studies.features.tokens
+    batch = pack(model, [taught[row] for row in rows], tokens, model.config.template, kept)
+    return batch, studies.features.stack((shown[number], name) for number, name in batch.images)
 
 # %% ../nbs/06_train.ipynb #dd14bc08
 def epoch_losses(
