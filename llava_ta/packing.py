@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Step', 'STEP', 'SQUARE', 'Sample', 'make_sample', 'Node', 'build_tree', 'Piece', 'Row', 'lay_out', 'kept_patches',
-           'Pruner', 'write_row', 'Batch', 'collate', 'pack', 'within_budget', 'batch_losses', 'step_flops',
-           'compare_packing']
+           'Pruner', 'share_beginnings', 'write_row', 'Batch', 'collate', 'pack', 'within_budget', 'batch_losses',
+           'step_flops', 'compare_packing']
 
 # %% ../nbs/05c_packing.ipynb #522156f5
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from statistics import median
 
 import numpy as np
@@ -184,6 +185,26 @@ class Pruner:
             self._known[row] = kept_patches(self.masks[row], names, self.grid, self.config.dilate)
         return self._known[row]
 
+# %% ../nbs/05c_packing.ipynb #dbad7268
+def share_beginnings(
+    pieces: Sequence[Piece],  # a tree, depth first
+) -> list[Piece]:  # the same paths, with fewer tokens
+    "Put the tokens with which all children of a piece begin between it and them, if the children are texts."
+    children: dict[int, list[list[int]]] = {}
+    mixed = {piece.parent for piece in pieces if piece.sample >= 0 or piece.steps is not None}
+    for piece in pieces:
+        children.setdefault(piece.parent, []).append(piece.ids)
+    shared, under, cut = [], {-1: -1}, {}
+    for number, piece in enumerate(pieces):
+        shared.append(replace(piece, ids=piece.ids[cut.get(piece.parent, 0):], parent=under[piece.parent]))
+        under[number], texts = len(shared) - 1, children.get(number, [])
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts))
+        if len(texts) > 1 and number not in mixed and (common := [token for token, *_ in same]):
+            cut[number] = len(common)
+            shared.append(Piece(common, under[number]))
+            under[number] = len(shared) - 1
+    return shared
+
 # %% ../nbs/05c_packing.ipynb #38b070a3
 def _answer_ids(model: LlavaTA, text: str, template: str) -> list[int]:
     "v1 answers begin with a space and end with </s>; plain answers end with a line break (LLaVA's templates)."
@@ -212,7 +233,7 @@ def write_row(
         else:
             ids = [model.tokenizer.bos_token_id] if node.parent < 0 else model.encode(node.value)
             pieces.append(Piece(ids, node.parent))
-    row = lay_out(pieces)
+    row = lay_out(share_beginnings(pieces))
     row.images, row.patches = images, patches
     return row
 
