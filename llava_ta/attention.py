@@ -353,7 +353,8 @@ def look_at_findings(
                for case in cases.itertuples()]
     said = answer(model, prompts, features, settings.topic_tokens, settings.batch, "sentences").sentence.tolist()
     found = [asserts(sentence, topic) for sentence, topic in zip(said, cases.topic)]
-    blind = look(model, [replace(prompt, row=None, kept={}) for prompt in prompts], said, features, desc="attention, black film")
+    black = [replace(prompt, row=None, kept={}) for prompt in prompts]
+    blind = look(model, black, said, features, desc="attention, black film")
     return cases.assign(sentence=said, found=found), look(model, prompts, said, features), blind
 
 # %% ../nbs/08_attention.ipynb #0e959518

@@ -160,9 +160,9 @@ def kept_patches(
             found[name] = touched.nonzero()[:, 0].tolist()
     return found
 
-# %% ../nbs/05c_packing.ipynb #efc4e4bc
+# %% ../nbs/05c_packing.ipynb #32dc041d
 class Pruner:
-    "What a model leaves of the segmented images of each film: nothing is left out unless its configuration says `prune`."
+    "The tokens of S that a model keeps, film by film: all unless its configuration says `prune`."
 
     def __init__(
         self,
@@ -427,7 +427,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
 
-# %% ../nbs/05c_packing.ipynb #78964079
+# %% ../nbs/05c_packing.ipynb #75493509
 SQUARE = 2048  # side of the matrices whose product gives the machine's rate
 
 def compare_packing(
@@ -440,8 +440,8 @@ def compare_packing(
 ) -> dict[str, float]:  # loss_diff, grad_rel, token_ratio, time_ratio, memory_ratio, gemm_share
     """Train on random studies packed and as one sequence per topic; ratios are the latter over the former.
 
-    `loss_diff` is the difference of mean losses in nats, `grad_rel` the largest norm of a gradient's difference over its norm,
-    `gemm_share` the packed step's arithmetic (`step_flops`) per second over that of a product of square matrices.
+    `loss_diff` is the difference of mean losses in nats, `grad_rel` the largest norm of a gradient's difference over
+    its norm, `gemm_share` the packed step's `step_flops` per second over those of a product of square matrices.
     Times are medians of forward and backward passes. Raises ValueError for sizes that make no study."""
     lm = model.get_base_model() if isinstance(model, PeftModel) else model
     device, dtype, former = lm.device, lm.dtype, lm.config._attn_implementation

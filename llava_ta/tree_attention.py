@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# %% ../nbs/04a_tree_attention.ipynb #009403b9
+# %% ../nbs/04a_tree_attention.ipynb #63bbf5d0
 class Tree:
     """Who sees whom in a row of T tokens: a token is seen from its own place to the end of its subtree.
 
@@ -39,7 +39,8 @@ class Tree:
             while open_until[-1] <= start:
                 open_until.pop()
             if not stop <= end <= open_until[-1]:
-                raise ValueError(f"tokens {start} to {stop - 1}: subtrees end at {end}, the one around at {open_until[-1]}")
+                around = f"inside one that ends at {open_until[-1]}"
+                raise ValueError(f"tokens {start} to {stop - 1}: subtrees end at {end}, {around}")
             open_until.append(end)
 
     def __len__(self) -> int:
@@ -83,14 +84,16 @@ def _own_blocks(tree: Tree) -> list[tuple[slice | torch.Tensor, int, torch.Tenso
         blocks.append((places, len(group), None if real.all() else real))
     return blocks
 
-# %% ../nbs/04a_tree_attention.ipynb #2ca15614
+# %% ../nbs/04a_tree_attention.ipynb #1cd4fd22
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
+# %% ../nbs/04a_tree_attention.ipynb #91e5ce3b
 def _take(rows: torch.Tensor, places: slice | torch.Tensor, count: int = 1) -> torch.Tensor:
     "Tokens of a row [T, heads, ...] as attention wants them: [count, heads, length, ...]."
     return rows[places].unflatten(0, (count, -1)).transpose(1, 2)
 
+# %% ../nbs/04a_tree_attention.ipynb #7e220eda
 def _put(rows: torch.Tensor, places: slice | torch.Tensor, part: torch.Tensor, real: torch.Tensor | None) -> None:
     "Write [count, heads, length, ...] to its places in a row; repetitions are left out."
     part = part.transpose(1, 2).flatten(0, 1)
@@ -98,13 +101,14 @@ def _put(rows: torch.Tensor, places: slice | torch.Tensor, part: torch.Tensor, r
         places, part = places[real], part[real]
     rows[places] = part
 
+# %% ../nbs/04a_tree_attention.ipynb #25fb0b9a
 def _merge(out: torch.Tensor, logs: torch.Tensor, part: torch.Tensor, log: torch.Tensor) -> None:
     "Add a block's average [n, heads, d] and logarithm [n, heads] to those so far, in place."
     total = torch.logaddexp(logs, log)
     out.mul_((logs - total).exp_()[..., None]).addcmul_(part, (log - total).exp_()[..., None])
     logs.copy_(total)
 
-# %% ../nbs/04a_tree_attention.ipynb #bdaec5f8
+# %% ../nbs/04a_tree_attention.ipynb #5683d3b4
 class _TreeAttention(torch.autograd.Function):
     "Attention along the paths of a tree: [1, heads, T, d] each -> [1, T, heads, d]."
 
@@ -141,13 +145,14 @@ class _TreeAttention(torch.autograd.Function):
         for start, stop, end in ctx.tree.segments:
             if end > stop:
                 below, here = slice(stop, end), slice(start, stop)
-                told, *parts = ((grad[0], below), (query, below), (key, here), (value, here), (out, below), (logs, below))
-                found = _backward(*(_take(*part) for part in (told, *parts)), 0.0, False, scale=ctx.scale)
+                places = (below, below, here, here, below, below)
+                parts = (_take(row, at) for row, at in zip((grad[0], query, key, value, out, logs), places))
+                found = _backward(*parts, 0.0, False, scale=ctx.scale)
                 for row, place, part in zip(grads, (below, here, here), found):
                     row[place] += part[0].transpose(0, 1)
         return *(row.transpose(0, 1)[None] for row in grads), None, None
 
-# %% ../nbs/04a_tree_attention.ipynb #bd99ad2f
+# %% ../nbs/04a_tree_attention.ipynb #9f864d70
 def _block_mask(tree: Tree, device: torch.device) -> BlockMask:
     "The tree for FlexAttention; made once for all layers of a step."
     if str(device) not in tree._masks:
@@ -157,10 +162,12 @@ def _block_mask(tree: Tree, device: torch.device) -> BlockMask:
         )
     return tree._masks[str(device)]
 
+# %% ../nbs/04a_tree_attention.ipynb #d32cb897
 @cache
 def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
+# %% ../nbs/04a_tree_attention.ipynb #c7eb7094
 def _flex_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree, scale: float):
     "As `_TreeAttention`, by FlexAttention."
     function = _compiled_flex() if query.is_cuda else flex_attention
@@ -197,7 +204,7 @@ class Watch:
             kept.append(F.pad(weights, (0, width - len(path))))
         self.kept.append(torch.stack(kept, 1))
 
-# %% ../nbs/04a_tree_attention.ipynb #94435347
+# %% ../nbs/04a_tree_attention.ipynb #3b68a4fb
 ATTENTION = "tree"  # for `attn_implementation`
 
 def tree_attention(
@@ -229,6 +236,7 @@ def tree_attention(
     attend = _TreeAttention.apply if query.device.type == "cpu" else _flex_attention
     return attend(query, key, value, tree, scale), None
 
+# %% ../nbs/04a_tree_attention.ipynb #ce2c0290
 AttentionInterface.register(ATTENTION, tree_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 

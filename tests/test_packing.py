@@ -11,10 +11,30 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from llava_ta.core import LoraSettings, load_profile
 from llava_ta.generate import _pad_left
-from llava_ta.model import LlavaConfig, LlavaTA, VisionTower, add_lora, last_hidden, set_trainable, small_llama
-from llava_ta.model import train_tokenizer
-from llava_ta.packing import Batch, Piece, Sample, _peak_bytes, batch_losses, build_tree, collate, compare_packing
-from llava_ta.packing import lay_out, make_sample, pack, write_row
+from llava_ta.model import (
+    LlavaConfig,
+    LlavaTA,
+    VisionTower,
+    add_lora,
+    last_hidden,
+    set_trainable,
+    small_llama,
+    train_tokenizer,
+)
+from llava_ta.packing import (
+    Batch,
+    Piece,
+    Sample,
+    _peak_bytes,
+    batch_losses,
+    build_tree,
+    collate,
+    compare_packing,
+    lay_out,
+    make_sample,
+    pack,
+    write_row,
+)
 from llava_ta.tree_attention import ATTENTION, Tree, Watch, _flex_attention, _TreeAttention, tree_arguments
 
 SIZES = dict(
