@@ -25,7 +25,7 @@ from .features import FeatureStore
 from .generate import film_rows
 from .metrics import bootstrap_interval
 from .model import LlavaTA
-from .packing import Pruner, Sample, batch_losses, make_sample, pack
+from .packing import Pruner, Sample, batch_losses, make_sample, pack_within
 from .segment import MaskStore
 from .studies import load_studies, seeded_order
 
@@ -51,16 +51,14 @@ def answer_scores(
     studies: Sequence[Sequence[Sample]],  # the samples of each study
     films: Sequence[int | None | torch.Tensor],  # of each study: row of the store, None for black, or features [N, D]
     features: FeatureStore,  # where the films' features are
-    batch: int = 8,  # studies at a time
     desc: str = "scoring",  # for the progress bar
     pruner: Pruner | None = None,  # which tokens of S a film's masks leave; None: all
 ) -> list[list[np.ndarray]]:  # of each study and sample: log-likelihood of each answer token, in nats
     "Score true answers, end tokens included, under teacher forcing; the samples of a study share one packed row."
     scores: dict[int, list[np.ndarray]] = {}
-    for start in progress(range(0, len(studies), batch), desc):
-        chosen = range(start, min(start + batch, len(studies)))
-        kept = [pruner(films[number]) if pruner and isinstance(films[number], int) else {} for number in chosen]
-        packed = pack(model, [studies[number] for number in chosen], features.tokens, model.config.template, kept)
+    kept = [pruner(film) if pruner and isinstance(film, int) else {} for film in films]
+    batches = list(pack_within(model, studies, features.tokens, kept))
+    for chosen, packed in progress(batches, desc):
         places = [(films[chosen[row]], name) for row, name in packed.images]
         images = [film if torch.is_tensor(film) else features.stack([(film, name)])[0] for film, name in places]
         found, owners = -batch_losses(model, packed, torch.stack(images)).cpu().numpy(), packed.owners.numpy()
