@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'ATTENTION', 'Tree', 'Block', 'Watch', 'tree_attention', 'tree_arguments']
 
 # %% ../nbs/04a_tree_attention.ipynb #45be5718
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -189,24 +189,25 @@ class _TreeAttention(torch.autograd.Function):
         return *(row.transpose(0, 1)[None] for row in grads), None, None
 
 # %% ../nbs/04a_tree_attention.ipynb #9f864d70
-def _block_mask(tree: Tree, device: torch.device) -> BlockMask:
-    "The tree for FlexAttention; made once for all layers of a step."
-    if str(device) not in tree._masks:
-        ends = tree.ends.to(device)
-        tree._masks[str(device)] = create_block_mask(
-            lambda _, __, row, column: (column <= row) & (row < ends[column]), None, None, len(tree), len(tree), device
-        )
-    return tree._masks[str(device)]
+@cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
 
 # %% ../nbs/04a_tree_attention.ipynb #d32cb897
-@cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _block_mask(tree: Tree, device: torch.device) -> BlockMask:
+    "The tree for FlexAttention, made once for all layers of a step; compiled, it holds no mask of single pairs."
+    if str(device) not in tree._masks:
+        ends, size = tree.ends.to(device), len(tree)
+        make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+        tree._masks[str(device)] = make(
+            lambda _, __, row, column: (column <= row) & (row < ends[column]), None, None, size, size, device
+        )
+    return tree._masks[str(device)]
 
 # %% ../nbs/04a_tree_attention.ipynb #c7eb7094
 def _flex_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tree: Tree, scale: float):
     "As `_TreeAttention`, by FlexAttention."
-    function = _compiled_flex() if query.is_cuda else flex_attention
+    function = _compiled(flex_attention) if query.is_cuda else flex_attention
     return function(query, key, value, block_mask=_block_mask(tree, query.device), scale=scale).transpose(1, 2)
 
 # %% ../nbs/04a_tree_attention.ipynb #188d3c9b
