@@ -8,8 +8,8 @@ __all__ = ['Prompt', 'study_prompts', 'decode', 'answer', 'FilmFeatures', 'film_
 
 # %% ../nbs/06a_generate.ipynb #1aa160b2
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,8 @@ from .films import fit_film, read_film
 from .mapping import union_mask
 from .model import LlavaTA
 from .ontology import ASKED, region_set
-from .packing import Sample, build_tree, make_sample, write_row
-from .segment import check_films, get_segmenter
+from .packing import Pruner, Row, Sample, build_tree, collate, make_sample, write_row
+from .segment import MaskStore, check_films, get_segmenter
 
 # %% ../nbs/06a_generate.ipynb #b7e034d8
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Prompt:
     topic: str  # a topic's id; "" for a whole narrative report
     row: int | None  # in the feature store; None for the black film
     sample: Sample  # path of text and images
+    kept: Mapping[str, Sequence[int]] = field(default_factory=dict)  # tokens of S that are shown, from a `Pruner`
 
 # %% ../nbs/06a_generate.ipynb #fd9ff645
 def study_prompts(
@@ -41,6 +42,7 @@ def study_prompts(
     study: str,  # name
     row: int | None,  # in the feature store; None for the black film
     topics: Iterable[str] = ASKED,  # what to ask; ignored by narrative
+    kept: Mapping[str, Sequence[int]] = {},  # tokens of S that are shown, from a `Pruner`
 ) -> list[Prompt]:  # one for each topic, or one in all
     "The questions that a system is asked about a film."
     config = model.config
@@ -52,9 +54,21 @@ def study_prompts(
             topic,
             row,
             make_sample(config.mode, topic=topic, regions=region_set(topic, config.preset), template=config.template),
+            kept,
         )
         for topic in topics
     ]
+
+# %% ../nbs/06a_generate.ipynb #d47c2e1d
+def _pad_left(rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
+    "Ids, positions and what is no padding of some prompts, int64 [B, L] each; all end together."
+    longest = max(len(row.ids) for row in rows)
+    ids, positions, seen = torch.zeros(3, len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        here = slice(longest - len(row.ids), longest)
+        ids[number, here], positions[number, here] = torch.tensor(row.ids), torch.tensor(row.positions)
+        seen[number, here] = 1
+    return ids, positions, seen
 
 # %% ../nbs/06a_generate.ipynb #040de17c
 @torch.inference_mode()
@@ -65,15 +79,15 @@ def decode(
     tokens: int,  # longest answer
 ) -> list[tuple[str, float]]:  # text and score in (0, 1], one for each prompt
     "Answer some prompts together, greedily."
-    rows = [write_row(model, build_tree([prompt.sample]), features.tokens) for prompt in prompts]
-    longest = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[0] * (longest - len(row.ids)) + row.ids for row in rows])
-    seen = torch.tensor([[0] * (longest - len(row.ids)) + [1] * len(row.ids) for row in rows], device=model.device)
-    images = features.stack((prompt.row, name) for prompt, row in zip(prompts, rows) for name in row.images)
+    rows = [write_row(model, build_tree([prompt.sample]), features.tokens, kept=prompt.kept) for prompt in prompts]
+    ids, positions, seen = (table.to(model.device) for table in _pad_left(rows))
+    packed = collate(rows)
+    images = packed.shown(features.stack((prompts[number].row, name) for number, name in packed.images))
     eos, pad = model.tokenizer.eos_token_id, model.tokenizer.pad_token_id
     out = model.llama.generate(
         inputs_embeds=model.embed(ids, images),
         attention_mask=seen,
+        position_ids=positions,
         max_new_tokens=tokens,
         do_sample=False,
         eos_token_id=eos,
@@ -117,7 +131,9 @@ def answer(
 
 # %% ../nbs/06a_generate.ipynb #7b7fb0b8
 class FilmFeatures(FeatureStore):
-    "The features of a single film, in memory, with the interface of the store; `empty` names regions not found in it."
+    """The features of a single film, in memory, with the interface of the store.
+
+    `empty` names regions not found in it, `kept` the tokens of S that are shown."""
 
     def __init__(
         self,
@@ -126,6 +142,7 @@ class FilmFeatures(FeatureStore):
         masks: np.ndarray,  # bool [7, h, w]
     ):
         names = image_names(model.config.preset, [model.config.mode])
+        self.kept = Pruner(model, [masks])(0)
         self.empty = {name for name in names if name != "film" and not union_mask(masks, name).any()}
         found = film_features(model.tower, [film], [masks], names, model.config.dilate)
         self.names = {name: number for number, name in enumerate(names)}
@@ -162,7 +179,9 @@ def make_generate(
     model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=stage, seed=seed)).to(best_device())
     studies = pd.read_parquet(run.path("data") / "studies.parquet").query("split == 'val'")
     shown = film_rows(studies.row.tolist(), film)
-    prompts = [prompt for study, row in zip(studies.study, shown) for prompt in study_prompts(model, study, row)]
+    pruner = Pruner(model, MaskStore(run.path("segment")))
+    prompts = [prompt for study, row in zip(studies.study, shown)
+               for prompt in study_prompts(model, study, row, kept=pruner(row))]
     tokens = settings.report_tokens if mode == "narrative" else settings.topic_tokens
     said = answer(model, prompts, FeatureStore(run.path("features")), tokens, settings.batch, f"{mode}, {film} film")
     write_table(out / "predictions.parquet", said.assign(mode=mode, stage=stage, seed=seed, film=film))
@@ -216,7 +235,7 @@ class Reporter:
             allowed = f"topics is a list of {', '.join(ASKED)}; tokens at least 1"
             raise ValueError(f"topics {unknown}, tokens {tokens}: {allowed}")
         features = self.features(film)
-        prompts = study_prompts(self.model, "film", 0, topics)
+        prompts = study_prompts(self.model, "film", 0, topics, features.kept)
         length = tokens * 4 if self.model.config.mode == "narrative" else tokens
         said = answer(self.model, prompts, features, length)
         def shown(topic: str) -> str:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMPT', 'PROMPTS', 'IMAGE_TOKEN', 'LORA_TARGETS',
            'VisionTower', 'load_tower_weights', 'Projector', 'prompt_pieces', 'train_tokenizer', 'small_llama',
-           'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'hidden_states', 'token_losses', 'add_lora',
-           'set_trainable', 'save_pretrained', 'read_config', 'from_pretrained', 'from_profile']
+           'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'last_hidden', 'hidden_states', 'losses_at',
+           'token_losses', 'add_lora', 'set_trainable', 'save_pretrained', 'read_config', 'from_pretrained',
+           'from_profile']
 
 # %% ../nbs/05_model.ipynb #4e1ca985
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .core import LanguageSettings, LoraSettings, Profile, TowerSettings, read_json, write_json
+from .tree_attention import ATTENTION, Tree, Watch, tree_arguments
 
 # %% ../nbs/05_model.ipynb #94fa0daa
 class VisionTower(nn.Module):
@@ -190,7 +192,7 @@ def small_llama(
             bos_token_id=1,
             eos_token_id=2,
             pad_token_id=0,
-            attn_implementation="sdpa",
+            attn_implementation=ATTENTION,
             tie_word_embeddings=False,
         )
     )
@@ -206,7 +208,7 @@ def load_language_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
     ), tokenizer
 
 # %% ../nbs/05_model.ipynb #09221a53
@@ -224,6 +226,7 @@ class LlavaConfig:
     segmenter_weights: str = ""  # its checkpoint; empty: the segmenter's own
     lm_checkpoint: str = ""  # a published language model is named, not copied
     dtype: str = "float32"  # of the language model: float32 or bfloat16
+    prune: bool = False  # whether tokens of S outside the mask are left out
     adapter: bool = False  # whether the language model has a LoRA adapter
     schema: int = 1  # of this file
 
@@ -274,57 +277,76 @@ IMAGE_TOKEN = -200  # LLaVA's IMAGE_TOKEN_INDEX
 def embed(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]; IMAGE_TOKEN where an image token goes
-    images: torch.Tensor,  # visual features [M, N, D] of all images of the batch, in reading order
+    images: torch.Tensor,  # visual features [..., D] of the batch's image tokens, in reading order
 ) -> torch.Tensor:  # [B, L, H]
     "Embed words and images; raises ValueError if the number of places and of image tokens differ."
     ids = ids.to(self.device)
     places = ids == IMAGE_TOKEN
-    if int(places.sum()) != images.shape[0] * images.shape[1]:
+    if int(places.sum()) != images[..., 0].numel():
         raise ValueError(f"{int(places.sum())} places for image tokens, but features of shape {tuple(images.shape)}")
     words = self.llama.get_input_embeddings()(ids.masked_fill(places, 0))
     if not places.any():
         return words
-    projected = self.projector(images.to(self.projector[0].weight)).flatten(0, 1).to(words.dtype)
+    projected = self.projector(images.to(self.projector[0].weight)).flatten(0, -2).to(words.dtype)
     return words.masked_scatter(places[..., None], projected)
 
 LlavaTA.embed = embed
 
 # %% ../nbs/05_model.ipynb #7cf2d900
+def last_hidden(
+    lm: LlamaForCausalLM,  # without its adapter's wrapper
+    embedded: torch.Tensor,  # [B, L, H]
+    positions: torch.Tensor | None = None,  # int64 [B, L]; counted from 0 if None
+    tree: Tree | None = None,  # who sees whom, of a single row; causal if None
+    watch: Watch | None = None,  # whose attention weights are wanted
+) -> torch.Tensor:  # [B, L, H]
+    "The last hidden states of a language model."
+    if positions is not None:
+        positions = positions.to(embedded.device)
+    return lm.model(
+        inputs_embeds=embedded, position_ids=positions, use_cache=False, **tree_arguments(tree, watch)
+    ).last_hidden_state
+
+# %% ../nbs/05_model.ipynb #cc605864
 def hidden_states(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]
-    images: torch.Tensor,  # visual features [M, N, D]
-    positions: torch.Tensor | None = None,  # int64 [B, L]; counted from 0 if None
-    mask: torch.Tensor | None = None,  # bool [B, L, L], True where row may see column; causal if None
+    images: torch.Tensor,  # visual features [..., D]
+    positions: torch.Tensor | None = None,  # see `last_hidden`
+    tree: Tree | None = None,  # see `last_hidden`
+    watch: Watch | None = None,  # see `last_hidden`
 ) -> torch.Tensor:  # [B, L, H]
     "The language model's last hidden states."
-    embedded = self.embed(ids, images)
-    if mask is not None:
-        additive = torch.zeros(mask.shape, dtype=embedded.dtype, device=embedded.device)
-        mask = additive.masked_fill_(~mask.to(self.device), torch.finfo(embedded.dtype).min)[:, None]
-    if positions is not None:
-        positions = positions.to(self.device)
-    return self.llama.model(
-        inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    return last_hidden(self.llama, self.embed(ids, images), positions, tree, watch)
 
 LlavaTA.hidden_states = hidden_states
 
 # %% ../nbs/05_model.ipynb #b1a021f3
-def token_losses(
-    self: LlavaTA,
-    ids: torch.Tensor,  # int64 [B, L]
-    images: torch.Tensor,  # [M, N, D]
+def losses_at(
+    lm: LlamaForCausalLM,  # without its adapter's wrapper
+    hidden: torch.Tensor,  # [B, L, H], from `last_hidden`
     where: torch.Tensor,  # int64 [K], places in the flattened [B * L] whose next token is learned
     targets: torch.Tensor,  # int64 [K], those next tokens
-    positions: torch.Tensor | None = None,  # see `hidden_states`
-    mask: torch.Tensor | None = None,  # see `hidden_states`
 ) -> torch.Tensor:  # float [K]
     "Next-token cross-entropy of each target; raises ValueError if there is none."
     if not len(where):
         raise ValueError("no supervised token in the batch: every answer is empty")
-    hidden = self.hidden_states(ids, images, positions, mask).flatten(0, 1)[where.to(self.device)]
-    return F.cross_entropy(self.llama.lm_head(hidden).float(), targets.to(self.device), reduction="none")
+    chosen = hidden.flatten(0, 1)[where.to(hidden.device)]
+    return F.cross_entropy(lm.lm_head(chosen).float(), targets.to(hidden.device), reduction="none")
+
+# %% ../nbs/05_model.ipynb #a7dc3855
+def token_losses(
+    self: LlavaTA,
+    ids: torch.Tensor,  # int64 [B, L]
+    images: torch.Tensor,  # visual features [..., D]
+    where: torch.Tensor,  # see `losses_at`
+    targets: torch.Tensor,  # see `losses_at`
+    positions: torch.Tensor | None = None,  # see `last_hidden`
+    tree: Tree | None = None,  # see `last_hidden`
+) -> torch.Tensor:  # float [K]
+    "Next-token cross-entropy of each target; raises ValueError if there is none."
+    return losses_at(self.llama, self.hidden_states(ids, images, positions, tree), where, targets)
+
 LlavaTA.token_losses = token_losses
 
 # %% ../nbs/05_model.ipynb #2fbf93dc

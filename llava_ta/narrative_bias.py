@@ -24,8 +24,9 @@ from .features import FeatureStore
 from .generate import film_rows
 from .metrics import bootstrap_interval
 from .model import LlavaTA
-from .packing import Sample, batch_losses, make_sample, pack
+from .packing import Pruner, Sample, batch_losses, make_sample, pack_within
 from .rules import split_sentences
+from .segment import MaskStore
 from .studies import load_studies, seeded_order
 
 # %% ../nbs/09_narrative_bias.ipynb #a9bfed55
@@ -50,15 +51,14 @@ def answer_scores(
     studies: Sequence[Sequence[Sample]],  # the samples of each study
     films: Sequence[int | None | torch.Tensor],  # of each study: row of the store, None for black, or features [N, D]
     features: FeatureStore,  # where the films' features are
-    batch: int = 8,  # studies at a time; those of about equal length go together
     desc: str = "scoring",  # for the progress bar
+    pruner: Pruner | None = None,  # which tokens of S a film's masks leave; None: all
 ) -> list[list[np.ndarray]]:  # of each study and sample: log-likelihood of each answer token, in nats
     "Score true answers, end tokens included, under teacher forcing; the samples of a study share one packed row."
-    order = sorted(range(len(studies)), key=lambda number: sum(len(sample.answer) for sample in studies[number]))
     scores: dict[int, list[np.ndarray]] = {}
-    for start in progress(range(0, len(order), batch), desc):
-        chosen = order[start:start + batch]
-        packed = pack(model, [studies[number] for number in chosen], features.tokens, model.config.template)
+    kept = [pruner(film) if pruner and isinstance(film, int) else {} for film in films]
+    batches = list(pack_within(model, studies, features.tokens, kept))
+    for chosen, packed in progress(batches, desc):
         places = [(films[chosen[row]], name) for row, name in packed.images]
         images = [film if torch.is_tensor(film) else features.stack([(film, name)])[0] for film, name in places]
         found, owners = -batch_losses(model, packed, torch.stack(images)).cpu().numpy(), packed.owners.numpy()
@@ -232,9 +232,9 @@ def system_scores(
         table = dict(list(pd.read_parquet(run.path("mapping") / "samples.parquet").groupby("study")))
         asked = [topic_samples(table[study], mode, template) if study in table else [] for study in reports.study]
         reports, asked = reports[[bool(samples) for samples in asked]], [samples for samples in asked if samples]
-    features, rows = FeatureStore(run.path("features")), []
+    features, pruner, rows = FeatureStore(run.path("features")), Pruner(model, MaskStore(run.path("segment"))), []
     for film, shown in arm_films(model, reports.row.tolist(), grey).items():
-        found = answer_scores(model, asked, shown, features, desc=f"{mode}, {film} film")
+        found = answer_scores(model, asked, shown, features, desc=f"{mode}, {film} film", pruner=pruner)
         for one, scores in zip(reports.itertuples(), found):
             told = topic_rows(most, scores) if mode == "anatomy" else narrative_rows(model, one.findings, most, scores)
             rows += [{"study": one.study, "patient": one.patient, "film": film, **row} for row in told]

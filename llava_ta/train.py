@@ -19,8 +19,9 @@ import torch
 from .core import RESUME, Profile, Run, StageSettings, TrainSettings, best_device, write_table
 from .features import FeatureStore, tower_weights
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
-from .packing import Batch, Sample, batch_losses, make_sample, pack
+from .packing import Batch, Pruner, Sample, batch_losses, make_sample, pack, pack_within
 from .pretrain import language_model_folder, optimise
+from .segment import MaskStore
 
 # %% ../nbs/06_train.ipynb #8d89437b
 RARE = 100  # a topic that is never present is asked once for so many studies
@@ -57,10 +58,20 @@ class Studies:
         self.reports = studies.set_index("row").findings.to_dict()
         self.samples = samples[samples.row.isin(self.reports)]
         self.rows = sorted(set(self.samples.row))
-        self.features = FeatureStore(run.path("features"))
+        self.features, self.masks = FeatureStore(run.path("features")), MaskStore(run.path("segment"))
+        self._pruner: Pruner | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def pruner(
+        self,
+        model: LlavaTA,  # whose configuration and grid are used
+    ) -> Pruner:  # remembered, with what it knows of each film
+        "What a model keeps of the segmented images."
+        if self._pruner is None or self._pruner.config != model.config:
+            self._pruner = Pruner(model, self.masks)
+        return self._pruner
 
     def epoch(
         self,
@@ -83,11 +94,11 @@ def study_batch(
     studies: Studies,  # a split
     taught: dict[int, list[Sample]],  # from `Studies.epoch`
     rows: Sequence[int],  # films of the batch
-    black: bool = False,  # show a black film instead
 ) -> tuple[Batch, torch.Tensor]:  # for `batch_losses`
     "Pack some studies and fetch their features."
-    batch = pack(model, [taught[row] for row in rows], studies.features.tokens, model.config.template)
-    return batch, studies.features.stack((None if black else rows[number], name) for number, name in batch.images)
+    kept, tokens = map(studies.pruner(model), rows), studies.features.tokens
+    batch = pack(model, [taught[row] for row in rows], tokens, model.config.template, kept)
+    return batch, studies.features.stack((rows[number], name) for number, name in batch.images)
 
 # %% ../nbs/06_train.ipynb #dd14bc08
 def epoch_losses(
@@ -166,14 +177,17 @@ def starting_model(
 def held_out_loss(
     model: LlavaTA,  # in evaluation mode
     studies: Studies,  # the valid fold
-    settings: TrainSettings,  # sampling and batch
+    settings: TrainSettings,  # sampling and negatives
     black: bool = False,  # show a black film instead
 ) -> float:  # mean cross-entropy of an answer token, in nats
     "How well the true answers of the valid fold are predicted, with or without the film."
-    taught, size = studies.epoch(model.config, settings, np.random.default_rng(0)), settings.stage2.batch
-    total, count, rows = 0.0, 0, sorted(taught)
-    for start in range(0, len(rows), size):
-        losses = batch_losses(model, *study_batch(model, studies, taught, rows[start:start + size], black))
+    taught, features = studies.epoch(model.config, settings, np.random.default_rng(0)), studies.features
+    shown = [None if black else row for row in sorted(taught)]
+    samples, kept = [taught[row] for row in sorted(taught)], list(map(studies.pruner(model), shown))
+    total, count = 0.0, 0
+    for chosen, batch in pack_within(model, samples, features.tokens, kept):
+        images = features.stack((shown[chosen[number]], name) for number, name in batch.images)
+        losses = batch_losses(model, batch, images)
         total, count = total + losses.sum().item(), count + len(losses)
     return total / max(count, 1)
 
