@@ -131,8 +131,9 @@ def evidence_table(
             row |= {preset: float(union[finding].mean()), f"{preset} area": float(union.mean())}
         rows.append(row)
     columns = [f"{preset}{what}" for preset in presets for what in ("", " area")]
-    table = pd.DataFrame(rows, columns=["finding", "topic", "films", *columns]).groupby(["finding", "topic"], sort=False)
-    return table.agg({"films": "sum", **dict.fromkeys(columns, "mean")}).reset_index()
+    table = pd.DataFrame(rows, columns=["finding", "topic", "films", *columns])
+    means = {"films": "sum", **dict.fromkeys(columns, "mean")}
+    return table.groupby(["finding", "topic"], sort=False).agg(means).reset_index()
 
 # %% ../nbs/04_mapping.ipynb #88cb4cf2
 def make_mapping(

@@ -107,7 +107,7 @@ def encode_masks(
     packed[:, 1:] ^= packed[:, :-1].copy()
     return bz2.compress(packed.tobytes())
 
-
+# %% ../nbs/02b_masks.ipynb #d2b00001
 def _decoded(data: bytes, shape: tuple[int, int]) -> np.ndarray:
     "Undo the compression: bool [L, H, W]."
     if not data:
@@ -130,7 +130,7 @@ def decode_masks(
 _FRAME = struct.Struct("<II")  # length and checksum of what follows
 _META = struct.Struct("<q8Bf7f")  # row, region statuses, film status, score, areas; the encoded masks follow
 
-
+# %% ../nbs/02b_masks.ipynb #d2b00005
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:
     "Whole records of a shard: where each ends, and what it holds; ends at the first torn one."
     with open(path, "rb") as file:
@@ -141,17 +141,26 @@ def _records(path: Path) -> Iterator[tuple[int, bytes]]:
                 return
             yield file.tell(), body
 
-
+# %% ../nbs/02b_masks.ipynb #d2b00002
 def _shards(folder: Path) -> list[Path]:
     "The shards of a folder, in order."
     return sorted(folder.glob("shard-*.bin"))
+
+# %% ../nbs/02b_masks.ipynb #d2b00003
+def _held(shard: Path, wait: float) -> FileLock:
+    "Take the lock of a shard, which the system frees when its holder dies."
+    lock = FileLock(shard.with_suffix(".lock"))
+    try:
+        return lock.acquire(timeout=wait).lock
+    except Timeout:
+        raise ValueError(f"{shard}: another process is writing to it; end that one first") from None
 
 # %% ../nbs/02b_masks.ipynb #badbebf1
 class MaskWriter:
     """Appends masks to one shard of a store that is being made; use it in a `with` block.
 
-    `rows` are the films that any shard of the folder held when it was opened. Raises ValueError for a shard that was begun
-    with other settings or that another process is writing to."""
+    `rows` are the films that any shard of the folder held when it was opened. Raises ValueError for a shard that was
+    begun with other settings or that another process is writing to."""
 
     def __init__(
         self,
@@ -164,11 +173,7 @@ class MaskWriter:
         self.path = Path(folder) / f"shard-{shard:05d}.bin"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.shape, self.convention = tuple(shape), convention
-        self._lock = FileLock(self.path.with_suffix(".lock"))
-        try:
-            self._lock.acquire(timeout=wait)
-        except Timeout:
-            raise ValueError(f"{self.path}: another process is writing to it; end that one first") from None
+        self._lock = _held(self.path, wait)
         try:
             self._open({"shape": list(shape), "convention": convention, "regions": list(REGIONS)})
         except BaseException:
@@ -176,11 +181,9 @@ class MaskWriter:
             raise
 
     def _open(self, about: dict) -> None:
-        whole = 0
-        if self.path.exists():
-            whole = max((end for end, _ in _records(self.path)), default=0)
-        self.rows = {row for path in _shards(self.path.parent) for row in shard_rows(path, about)}
         self.path.touch()
+        whole = max((end for end, _ in _records(self.path)), default=0)
+        self.rows = {row for path in _shards(self.path.parent) for row in shard_rows(path, about)}
         self._file = io.FileIO(self.path, "r+")
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -224,7 +227,7 @@ def shard_rows(
         if number:
             yield _META.unpack_from(body)[0]
         elif about is not None and json.loads(body) != about:
-            raise ValueError(f"{path}: begun with {json.loads(body)}, now wanted: {about}; remove the file to start anew")
+            raise ValueError(f"{path}: begun with {json.loads(body)}, wanted: {about}; remove the file to start anew")
 
 # %% ../nbs/02b_masks.ipynb #07861480
 def _places(folder: Path) -> tuple[dict, dict[int, tuple[Path, int, int]]]:
@@ -238,7 +241,7 @@ def _places(folder: Path) -> tuple[dict, dict[int, tuple[Path, int, int]]]:
                 about = json.loads(body)
     return about, places
 
-
+# %% ../nbs/02b_masks.ipynb #d2b00004
 def _tables(rows: Sequence[int], studies: Sequence[str], metas: list[tuple]) -> tuple[pd.DataFrame, pd.DataFrame]:
     "What is known of films and of their regions, as tables."
     codes = np.array([meta[1:9] for meta in metas], np.int8).reshape(-1, 8)

@@ -142,7 +142,8 @@ def measure(
         "lungs wider below": _taper(lungs, lung_rows) if lungs.any() else np.nan,
         "mediastinum wider below": (middle_rows[half : bottom + 1].sum() - middle_rows[top:half].sum())
         / area["mediastinum"],
-        "mediastinum brighter than lungs": np.nan if film is None else _contrast(film, middle & ~lungs, lungs & ~middle),
+        "mediastinum brighter than lungs":
+            np.nan if film is None else _contrast(film, middle & ~lungs, lungs & ~middle),
     }
 
 # %% ../nbs/02c_plausibility.ipynb #488a4b71
@@ -210,8 +211,9 @@ def implausibilities(
 ) -> dict[str, float]:  # what is unusual, the worst first; its sum is the score
     "Say what is unusual about seven masks. A region that every film shows and that is missing is enough to doubt all."
     values = measure(masks, film)
-    wanted = set(SEEN_ON_EVERY_FILM) - set(NOT_DRAWN.get(convention, ()))
-    found = {f"no {name}": DOUBTFUL + 0.1 for name in REGIONS if name in wanted and not masks[REGIONS.index(name)].any()}
+    there = {name for name, mask in zip(REGIONS, masks, strict=True) if mask.any()}
+    absent = [name for name in SEEN_ON_EVERY_FILM if name not in there | set(NOT_DRAWN.get(convention, ()))]
+    found = {f"no {name}": DOUBTFUL + 0.1 for name in absent}
     for name, limit in LIMITS.get(convention, {}).items():
         if (excess := limit.weight * limit.excess(values[name])) > 0:
             found[name] = round(float(excess), 3)

@@ -88,7 +88,7 @@ CXAS_GROUPS: dict[str, tuple[int, ...]] = {
 # %% ../nbs/02d_published.ipynb #60e51d92
 def group_regions(
     predictions: np.ndarray,  # bool [structures, H, W]
-    groups: dict[str, tuple[int, ...]] = CXAS_GROUPS,  # numbers of the structures of each region; none: the region is empty
+    groups: dict[str, tuple[int, ...]] = CXAS_GROUPS,  # a region's structures; without any it is empty
 ) -> np.ndarray:  # bool [7, H, W] in the order of REGIONS
     "Join a network's structures into the seven regions."
     nothing = np.zeros((1, *predictions.shape[1:]), bool)
