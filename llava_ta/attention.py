@@ -29,7 +29,6 @@ from scipy.ndimage import binary_dilation
 
 from .core import Profile, Run, best_device, progress, write_table
 from .data import FilmStore, unpack_masks
-from .decompose import RuleDecomposer
 from .features import FeatureStore
 from .generate import Prompt, answer, study_prompts
 from .mapping import segmented_image, union_mask
@@ -37,6 +36,7 @@ from .metrics import bootstrap_interval
 from .model import IMAGE_TOKEN, LlavaTA
 from .ontology import ASKED, region_set
 from .packing import Batch, Row, Sample, build_tree, collate, write_row
+from .rules import RuleDecomposer
 from .segment import MaskStore
 from .studies import load_studies, seeded_order
 

@@ -10,7 +10,7 @@ __all__ = ['Mode', 'PROFILES', 'FIGURE_MODES', 'STEPS', 'MIMIC_LISTS', 'LLAVA_RA
            'GenerateSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
            'module_digest', 'path_digest', 'data_dir', 'source_tables', 'outside_inputs', 'progress', 'seed_everything',
-           'best_device', 'cxas_weights', 'Preflight', 'preflight', 'commit', 'Run', 'run_pipeline']
+           'best_device', 'cxas_weights', 'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -113,15 +113,15 @@ class DataSettings(Section):
     test_set: Literal["official", "rule-based", "gpt4"] = "official"  # mimic: which studies are scored
     annotations: str = ""  # mimic: folder of LLaVA-Rad's JSON files, for the other two test sets; empty: `dir`
     films: Literal["one", "all"] = "one"  # mimic: one frontal film a study, or all AP and PA films, as LLaVA-Rad does
-    train: int | None = None  # studies to learn from; null for all
-    val: int | None = None  # studies to score, once; null for all
+    train: int | None = Field(None, ge=1)  # studies to learn from; null for all
+    val: int | None = Field(None, ge=1)  # studies to score, once; null for all
     valid_fraction: float = Field(0.1, gt=0, lt=0.5)  # fold of the training split to choose by
     size: int = Field(ge=32)  # px of the stored square film
     resize: Literal["squash", "shortest", "pad"] = "squash"  # how a film becomes square; published: shortest
     max_refused: float = Field(0.05, ge=0, lt=1)  # share of films that may be unreadable before the step stops
     views: Literal["varied", "steady"] = "varied"  # phantoms only: steady fixes one view and one exposure
     correlation: float = Field(0.5, ge=0, le=1)  # phantom texts only: how strongly one sentence predicts the next
-    seed: int = 0  # of sampling and splits
+    seed: int = Field(0, ge=0)  # of sampling and splits
 
 # %% ../nbs/00_core.ipynb #c1a7f279
 class DecomposeSettings(Section):
@@ -536,7 +536,9 @@ STEPS: dict[str, Step] = {
     "data": Step(
         "01_data", "data.make_data", _needs(), ("data",), ("phantom", "grammar", "films", "studies", "sources")
     ),
-    "decompose": Step("02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology",)),
+    "decompose": Step(
+        "02_decompose", "decompose.make_decompose", _needs("data"), ("decompose",), ("ontology", "rules")
+    ),
     "segment": Step("03_segment", "segment.make_segment", _needs("data"), ("segment",), ("ontology",)),
     "mapping": Step("04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology",)),
     "tower": Step(
@@ -577,7 +579,7 @@ STEPS: dict[str, Step] = {
         "evaluate.make_evaluate",
         _evaluate_needs,
         ("evaluate", "train", "generate"),
-        ("metrics", "decompose"),
+        ("metrics", "rules"),
     ),
     "attention": Step(
         "08_attention",
@@ -632,21 +634,31 @@ def module_digest(
     return source_digest(Path(spec.origin).read_text(encoding="utf-8"))
 
 # %% ../nbs/00_core.ipynb #9169a6c6
+def _folder_contents(folder: Path) -> list[tuple]:
+    "Name, size and time of change of each file below a folder; what cannot be looked at counts by name and reason."
+    found, todo, seen = [], [str(folder)], set()
+    while todo:
+        path = todo.pop()
+        name = os.path.relpath(path, folder)
+        try:
+            what = os.stat(path)
+            if not os.path.isdir(path):
+                found.append((name, what.st_size, what.st_mtime_ns))
+            elif (what.st_dev, what.st_ino) not in seen:  # a link may lead to a folder twice, or round in a circle
+                seen.add((what.st_dev, what.st_ino))
+                todo += [os.path.join(path, entry) for entry in sorted(os.listdir(path)) if entry[0] != "."]
+        except OSError as error:
+            found.append((name, error.strerror))
+    return found
+
+
 @cache
 def path_digest(
     path: Path,  # a file, or a folder of films
 ) -> str:  # 16 hexadecimal digits; "absent" if there is no such path
-    "Hash a file by its content (up to 64 MB), a larger one by name, size and time, a folder by names and sizes."
+    "Hash a file by its content (up to 64 MB); a larger one, or all in a folder, by names, sizes and times of change."
     if path.is_dir():
-        found, todo = [], [path]
-        while todo:
-            with os.scandir(todo.pop()) as entries:
-                for entry in entries:
-                    if not entry.name.startswith("."):
-                        size = -1 if entry.is_dir() else entry.stat().st_size
-                        found += [(os.path.relpath(entry.path, path), size)] if size >= 0 else []
-                        todo += [entry.path] if size < 0 else []
-        return digest(sorted(found))
+        return digest(_folder_contents(path))
     if not path.exists():
         return "absent"
     if path.stat().st_size > 64 << 20:
@@ -654,15 +666,19 @@ def path_digest(
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 # %% ../nbs/00_core.ipynb #d1e2f161
+def _place(text: str) -> Path:
+    "A path of a profile, absolute; `~` is the user's home."
+    return Path(os.path.expanduser(text)).absolute()
+
+
 def data_dir(
     data: DataSettings,  # whose source is not "phantom"
 ) -> Path:  # the folder of real films
     "The folder of real films: `data.dir`, or the environment variable of its source; FileNotFoundError if unset."
     variable = f"LLAVA_TA_{data.source.upper()}_DIR"
-    place = data.dir or os.environ.get(variable, "")
-    if not place:
+    if not (named := data.dir or os.environ.get(variable, "")):
         raise FileNotFoundError(f"data.source '{data.source}' needs a folder of films: set data.dir or ${variable}")
-    return Path(place).absolute()
+    return _place(named)
 
 # %% ../nbs/00_core.ipynb #8a246f17
 MIMIC_LISTS: tuple[str, ...] = ("mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-split.csv.gz")
@@ -677,9 +693,9 @@ def source_tables(
     if data.source == "phantom":
         return []
     if data.source == "mimic" and data.test_set != "official":
-        lists = Path(data.annotations).absolute() if data.annotations else data_dir(data)
+        lists = _place(data.annotations) if data.annotations else data_dir(data)
         return [lists / name for name in LLAVA_RAD_LISTS.values()]
-    names = {"folder": (data.table,), "openi": ("index.csv",), "mimic": MIMIC_LISTS}[data.source]
+    names = {"folder": (os.path.expanduser(data.table),), "openi": ("index.csv",), "mimic": MIMIC_LISTS}[data.source]
     return [data_dir(data) / name for name in names]
 
 # %% ../nbs/00_core.ipynb #ce34c4e2
@@ -759,6 +775,7 @@ HOW = {
     "data.dir openi": "a folder for Open-i in $LLAVA_TA_OPENI_DIR: yours, or nbs/01_data -p download openi fills it",
     "data.dir mimic": "MIMIC-CXR-JPG 2.1.0 from https://physionet.org (credentialed); set $LLAVA_TA_MIMIC_DIR",
     "data.dir folder": "your films and their CSV, as data_manifests/README.md says; set $LLAVA_TA_FOLDER_DIR",
+    "data.texts": "the reports of Open-i: pip install torchxrayvision, which brings them",
     "data.table": "the CSV of your studies, as data_manifests/README.md says",
     "data.annotations": "LLaVA-Rad's annotations from https://physionet.org (credentialed); set data.annotations",
     "tower.checkpoint": "biomedclipcxr_518_checkpoint.pt from https://huggingface.co/microsoft/llava-rad",
@@ -788,15 +805,30 @@ class Preflight:
         return "\n".join([*lines, f"needs:  {need} (estimates from the profile)"])
 
 # %% ../nbs/00_core.ipynb #f1ff515e
-def _absent_data(data: DataSettings) -> list[tuple[str, str, str]]:
-    "What a source of real films is read from: its folder, and the tables that it cannot do without."
-    folder = data.dir or os.environ.get(f"LLAVA_TA_{data.source.upper()}_DIR", "")
-    key = "data.dir mimic" if data.test_set == "official" else "data.annotations"
-    key = {"mimic": key, "folder": "data.table"}.get(data.source, "")
-    known = folder or (key == "data.annotations" and data.annotations)
-    tables = [str(path) for path in source_tables(data) if path.name != LLAVA_RAD_LISTS["dev"]] if known else [""]
-    return [("data.dir", folder, HOW[f"data.dir {data.source}"]),
-            *((key.split()[0], path, HOW[key]) for path in tables if key and (known or key != "data.dir mimic"))]
+def absent_data(
+    data: DataSettings,  # data section of a profile
+) -> list[tuple[str, str, str]]:  # (setting, path, or "" where it is not set, how to get it)
+    "What the chosen films and reports are read from and this machine lacks, told by the names of files alone."
+    lists = data.source == "mimic" and data.test_set != "official"  # those of LLaVA-Rad
+    folder = None
+    if data.source != "phantom":
+        with suppress(FileNotFoundError):
+            folder = data_dir(data)
+    there, wanted = folder is not None and folder.is_dir(), []
+    own = there and (folder / "NLMCXR_reports").is_dir()
+    if "openi" in (data.source, data.texts) and not own and importlib.util.find_spec("torchxrayvision") is None:
+        wanted.append(("data.texts", None, HOW["data.texts"]))
+    if data.source != "phantom":
+        wanted.append(("data.dir", folder, HOW[f"data.dir {data.source}"]))
+    if data.source == "mimic" and there:
+        wanted.append(("data.dir", folder / "files", HOW["data.dir mimic"]))
+    key = "data.annotations" if lists else {"mimic": "data.dir", "folder": "data.table"}.get(data.source, "")
+    if key and (there or (lists and data.annotations)):
+        tables = [path for path in source_tables(data) if path.name != LLAVA_RAD_LISTS["dev"]]
+        wanted += [(key, path, HOW.get(key, HOW["data.dir mimic"])) for path in tables]
+    elif lists:
+        wanted.append((key, None, HOW[key]))
+    return [(key, str(path or ""), how) for key, path, how in wanted if path is None or not path.exists()]
 
 # %% ../nbs/00_core.ipynb #f06091e6
 def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
@@ -807,17 +839,16 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
         ("segment.weights", str(cxas_weights(profile.segment.weights)) if profile.segment.name == "cxas" else ""),
     ]
     wanted = [(key, path, HOW[key]) for key, path in named if path]
-    wanted += _absent_data(profile.data) if profile.data.source != "phantom" else []
     if profile.segment.name == "offline":
         wanted.append(("offline weights", str(outside_inputs("segment", profile)[-1]), HOW["offline weights"]))
-    return tuple(row for row in wanted if not row[1] or not Path(row[1]).exists())
+    return (*absent_data(profile.data), *(row for row in wanted if not Path(row[1]).exists()))
 
 # %% ../nbs/00_core.ipynb #e7b5e193
 def _numbers(profile: Profile) -> tuple[int, int]:
     "Studies to learn from and to score: the profile's numbers, or what its source holds."
     data = profile.data
     train, scored = STUDIES.get(f"{data.source} {data.test_set}", STUDIES[data.source])
-    if data.source == "folder" and (data.dir or os.environ.get("LLAVA_TA_FOLDER_DIR")):
+    if data.source == "folder":
         with suppress(OSError), open(source_tables(data)[0], "rb") as lines:
             number = sum(1 for _ in lines) - 1
             train, scored = number - number // 10, number // 10

@@ -235,15 +235,22 @@ def _store_phantoms(
     return {"findings drawn": len(rows), "studies with a drawn finding": sum(map(bool, findings))}
 
 # %% ../nbs/01_data.ipynb #872c432a
-def _refused_fault(refused: list[tuple[str, str, str]], read: int, total: int) -> str:
-    "One line on films that cannot be used: how many, for which reasons, and the first of them."
+def _refused_fault(refused: list[tuple[str, str, str]], read: int, total: int, names: int = 1) -> str:
+    "One line on films that cannot be used: how many, for which reasons, and the first few of them."
     reasons = Counter(reason for _, _, reason in refused)
     counted = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(5))
     more = f"; {len(reasons) - 5} more reasons" if len(reasons) > 5 else ""
     far = f" (after {read:,})" if read < total else ""
-    return f"{len(refused):,} of {total:,} films{far} cannot be used: {counted}{more}; the first is {refused[0][1]}"
+    first = [film for _, film, _ in refused[:names]]
+    which = f"the first {'is' if len(first) == 1 else 'are'} {', '.join(first)}"
+    return f"{len(refused):,} of {total:,} films{far} cannot be used: {counted}{more}; {which}"
 
 # %% ../nbs/01_data.ipynb #a1b3f477
+def _write_refused(refused: list[tuple[str, str, str]], out: Path) -> None:
+    "Write the table of films that cannot be used."
+    write_table(out / "refused.parquet", pd.DataFrame(refused, columns=["study", "film", "reason"]))
+
+
 def _store_films(studies: pd.DataFrame, data: DataSettings, out: Path) -> tuple[pd.DataFrame, str]:
     "Read and fit all real films into `out`; returns the studies whose films are stored, and a line on the others."
     path, total = out / "films.safetensors", len(studies)
@@ -254,8 +261,9 @@ def _store_films(studies: pd.DataFrame, data: DataSettings, out: Path) -> tuple[
         if isinstance(result, str):
             refused.append((studies["study"].iloc[row], studies["film"].iloc[row], result))
             if len(refused) > data.max_refused * total:
-                way = f"more than data.max_refused={data.max_refused} allows"
-                raise ValueError(f"{data_dir(data)}: {_refused_fault(refused, row + 1, total)}; {way}")
+                _write_refused(refused, out)
+                raise ValueError(f"{data_dir(data)}: {_refused_fault(refused, row + 1, total, 10)}; more than "
+                                 f"data.max_refused={data.max_refused} allows; all are in {out / 'refused.parquet'}")
         else:
             films[len(kept)] = result[0]
             kept.append(row)
@@ -263,7 +271,7 @@ def _store_films(studies: pd.DataFrame, data: DataSettings, out: Path) -> tuple[
     films.flush()
     del films
     cut_tensor_file(path, len(kept))
-    write_table(out / "refused.parquet", pd.DataFrame(refused, columns=["study", "film", "reason"]))
+    _write_refused(refused, out)
     fitted = pd.DataFrame(fits, columns=["height", "width", "resize"])
     studies = studies.iloc[kept].reset_index(drop=True).assign(row=np.arange(len(kept)), **fitted)
     return studies, _refused_fault(refused, total, total) if refused else ""
@@ -287,7 +295,8 @@ def make_data(
         if bad:
             run.say(f"{bad}; {len(studies):,} are stored, the others are listed in refused.parquet")
         if lost := sorted(before - set(studies["split"])):
-            raise ValueError(f"{data_dir(data)}: {bad}; no film of split {', '.join(lost)} is left")
+            raise ValueError(f"{data_dir(data)}: {bad}; no film of split {', '.join(lost)} is left; "
+                             f"all are in {out / 'refused.parquet'}")
         counts = {"refused": total - len(studies)}
     else:
         counts = _store_phantoms(studies, findings, data, out)

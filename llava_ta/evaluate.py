@@ -19,10 +19,8 @@ import pandas as pd
 
 from .core import Run, all_variants, progress, write_table
 from .generate import concatenate
-from llava_ta.metrics import (
-    F1_NAMES, bleu_counts, bleu_from_counts, bootstrap_difference, bootstrap_interval, f1_scores, label_counts,
-    label_matrix, not_computed, rouge_l_each,
-)
+from .metrics import F1_NAMES, bleu_counts, bleu_from_counts, bootstrap_difference, bootstrap_interval
+from .metrics import f1_scores, label_counts, label_matrix, not_computed, rouge_l_each
 from .ontology import ASKED, TOPICS
 
 # %% ../nbs/07_evaluate.ipynb #56de339a

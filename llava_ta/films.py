@@ -109,14 +109,18 @@ def _check_shape(height: int, width: int, max_pixels: int) -> None:
 CLIPPED: float = 0.005  # share of the pixels that a stretch may turn black, and as many white
 
 
+def _ends(levels: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    "The levels below and above which a stretch clips; float [L] in any order, and how often each occurs."
+    order = np.argsort(levels, kind="stable")
+    share = np.cumsum(counts[order]) / counts.sum()
+    return tuple(levels[order][np.searchsorted(share, (CLIPPED, 1 - CLIPPED))])
+
+
 def _stretched(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
     "Grey in [0, 1] of each level, float [L] in any order, where `counts` says how often it occurs."
-    order = np.argsort(levels, kind="stable")
-    order = order[counts[order] > 0]
-    share = np.cumsum(counts[order]) / counts.sum()
-    low, high = levels[order][np.searchsorted(share, (CLIPPED, 1 - CLIPPED))]
+    low, high = _ends(levels, counts)
     if low == high:
-        low, high = levels[order][[0, -1]]
+        low, high = levels[counts > 0].min(), levels[counts > 0].max()
     return np.clip((levels - low) / max(high - low, 1e-12), 0, 1)
 
 # %% ../nbs/00d_films.ipynb #0145886e
@@ -160,6 +164,13 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(0x0112, 1))
 
 
+def _bits(image: Image.Image) -> int:
+    "Bits of each stored value, from the header of an image that is not loaded yet."
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))
+    return 16 if str(image.tile[0].args).endswith(";16B") else 1 if image.mode == "1" else 8
+
+
 def _grey_image(image: Image.Image) -> np.ndarray:
     "Float32 [H, W] in [0, 1] from an opened image, as it is displayed."
     if image.mode.startswith(("I", "F")):
@@ -168,7 +179,11 @@ def _grey_image(image: Image.Image) -> np.ndarray:
         film = _stretched(-levels if turned else levels, counts).astype(np.float32)[index]
     else:
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            image = image.convert("RGBA")
+            between = sum(image.getchannel("A").histogram()[1:-1]) / (image.width * image.height)
+            if between > COLOURED:
+                raise _Refusal(f"is half transparent ({between:.0%} of its pixels); export it without transparency")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
         if image.mode not in ("1", "L"):
             image = image.convert("RGB")
             _check_grey(np.asarray(image))
@@ -180,9 +195,10 @@ def _read_image(path: Path, max_pixels: int) -> np.ndarray:
     "A film from a PNG, JPEG, TIFF or BMP file."
     with _open_image(path) as image:
         _check_shape(image.height, image.width, max_pixels)
-        turn = _TURNS.get(_orientation(image))
+        if (bits := _bits(image)) > 8 and not image.mode.startswith(("I", "F")):
+            raise _Refusal(f"has {bits} bits in several channels, of which 8 would be read; export it in one channel")
         image.load()
-        film = _grey_image(image)
+        film, turn = _grey_image(image), _TURNS.get(_orientation(image))
         return film if turn is None else np.asarray(Image.fromarray(film).transpose(turn))
 
 # %% ../nbs/00d_films.ipynb #0a8892bc
@@ -205,7 +221,8 @@ def _view(data: pydicom.Dataset) -> str:
 
 # %% ../nbs/00d_films.ipynb #6f82e025
 _HEADER = ["Modality", "BodyPartExamined", "ViewPosition", "ViewCodeSequence", "Rows", "Columns", "NumberOfFrames",
-           "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored"]
+           "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored", "PixelAspectRatio",
+           "PresentationIntentType"]
 _PIXELS = ["HighBit", "PixelRepresentation", "PlanarConfiguration", "RescaleSlope", "RescaleIntercept", "WindowCenter",
            "WindowWidth", "VOILUTFunction", "VOILUTSequence", "ModalityLUTSequence", "PixelPaddingValue",
            "PixelPaddingRangeLimit", "PixelData", "FloatPixelData", "DoubleFloatPixelData", "ExtendedOffsetTable",
@@ -277,8 +294,7 @@ def film_header(
             height, width = image.height, image.width
             if _orientation(image) >= 5:
                 height, width = width, height
-            bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if "16" in image.mode else 8)
-            return FilmHeader(height, width, image.format, bits, image.mode)
+            return FilmHeader(height, width, image.format, _bits(image), image.mode)
 
 # %% ../nbs/00d_films.ipynb #8897c98e
 def _table(item: pydicom.Dataset, little: bool) -> tuple[int, np.ndarray]:
@@ -292,6 +308,8 @@ def _table(item: pydicom.Dataset, little: bool) -> tuple[int, np.ndarray]:
 
 def _looked_up(values: np.ndarray, first: int, table: np.ndarray) -> np.ndarray:
     "Send values through a table; what lies outside it gets its first or last entry."
+    if first >= 2**15 and first > values.max():  # a negative number that was written without its sign
+        first -= 2**16
     return table[np.clip(np.rint(values) - first, 0, len(table) - 1).astype(np.int64)]
 
 # %% ../nbs/00d_films.ipynb #23cef22a
@@ -320,23 +338,39 @@ def _windowed(values: np.ndarray, centre: float, width: float, function: str) ->
     return np.clip((values - centre) / width + 0.5, 0, 1)
 
 # %% ../nbs/00d_films.ipynb #eee1e743
+_FLAT = 0.1  # of the greys; real films span 0.25 or more
+
+
+def _rescaled(levels: np.ndarray, data: pydicom.Dataset, little: bool) -> np.ndarray:
+    "Stored levels through the modality table, or through slope and intercept."
+    values = levels.astype(np.float64)
+    if modality := data.get("ModalityLUTSequence"):
+        return _looked_up(values, *_table(modality[0], little))
+    said = data.get("RescaleSlope"), data.get("RescaleIntercept")
+    slope, intercept = (float(default if x in (None, "") else x) for x, default in zip(said, (1, 0), strict=True))
+    if not slope or not np.isfinite(values * slope + intercept).all():
+        raise _Refusal(f"has rescale slope {slope:g}, intercept {intercept:g}, which give no film; export it again")
+    return values * slope + intercept
+
+
 def _shown(levels: np.ndarray, counts: np.ndarray, data: pydicom.Dataset) -> np.ndarray:
     "Grey in [0, 1] of each stored level, with the photometric interpretation applied: bright bone."
-    values, little = levels.astype(np.float64), data.file_meta.TransferSyntaxUID.is_little_endian
-    slope, sign = float(data.get("RescaleSlope") or 1), -1 if data.PhotometricInterpretation == "MONOCHROME1" else 1
-    if modality := data.get("ModalityLUTSequence"):
-        values = _looked_up(values, *_table(modality[0], little))
-    else:
-        values = values * slope + float(data.get("RescaleIntercept") or 0)
+    little = data.file_meta.TransferSyntaxUID.is_little_endian
+    sign = -1 if data.PhotometricInterpretation == "MONOCHROME1" else 1
+    values = _rescaled(levels, data, little)
     if (voi := data.get("VOILUTSequence")) and "LUTData" in voi[0]:
         first, table = _table(voi[0], little)
         grey = (_looked_up(values, first, table) - table.min()) / max(np.ptp(table), 1e-12)
     elif window := _window(data):
         grey = _windowed(values, *window)
-    elif data.BitsStored <= 8 and not modality and levels.dtype.kind in "iu":
+        low, high = _ends(grey, counts)
+        if high - low < _FLAT:
+            raise _Refusal(f"has a window (centre {window[0]:g}, width {window[1]:g}) that does not fit its values "
+                           f"({values.min():g} to {values.max():g}); export it with another one")
+    elif data.BitsStored <= 8 and not data.get("ModalityLUTSequence") and levels.dtype.kind in "iu":
         bits, signed = int(data.BitsStored), int(data.get("PixelRepresentation") or 0)
         grey = np.clip((levels + signed * 2 ** (bits - 1)) / (2**bits - 1), 0, 1)
-        grey = grey if slope > 0 else 1 - grey
+        grey = grey if values[0] <= values[-1] else 1 - grey  # a falling rescale
     else:
         return _stretched(sign * values, counts)
     return grey if sign > 0 else 1 - grey
@@ -378,7 +412,7 @@ MODALITIES: tuple[str, ...] = ("CR", "DX", "RG", "OT", "")  # radiographs, scann
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
 
-def _check_header(header: FilmHeader) -> None:
+def _check_header(data: pydicom.Dataset, header: FilmHeader) -> None:
     "Refuse a DICOM file that is no single frontal radiograph."
     if header.modality not in MODALITIES:
         raise _Refusal(f"has modality {header.modality}; films are {', '.join(filter(None, MODALITIES))}")
@@ -388,6 +422,10 @@ def _check_header(header: FilmHeader) -> None:
         raise _Refusal("is a lateral view; only frontal films (PA, AP) are read")
     if header.photometric not in _PHOTOMETRIC:
         raise _Refusal(f"has photometric interpretation {header.photometric}, which no film has; export it again")
+    if str(data.get("PresentationIntentType") or "").upper() == "FOR PROCESSING":
+        raise _Refusal("holds raw detector data (FOR PROCESSING); export the film that was made from them")
+    if len(ratio := data.get("PixelAspectRatio") or ()) == 2 and ratio[0] != ratio[1]:
+        raise _Refusal(f"has pixels that are not square ({ratio[0]}:{ratio[1]}); export it with square ones")
 
 # %% ../nbs/00d_films.ipynb #0fd775f3
 def _decoded(data: pydicom.Dataset) -> np.ndarray:
@@ -402,21 +440,35 @@ def _decoded(data: pydicom.Dataset) -> np.ndarray:
         raise _Refusal(f"has pixel data ({syntax.name}) that cannot be decoded ({said}); "
                        f"it is damaged or cut off{more}") from error
 
+# %% ../nbs/00d_films.ipynb #a3085bb7
+def _check_bits(data: pydicom.Dataset) -> None:
+    "Refuse stored values that are cut by decoding; a few may be, for an overlay used to be kept above the film's bits."
+    bits, syntax = int(data.BitsStored), data.file_meta.TransferSyntaxUID
+    if (high := data.get("HighBit")) is not None and high != bits - 1:
+        raise _Refusal(f"has HighBit {high} with {bits} bits stored, which DICOM does not allow; export it again")
+    if data.BitsAllocated == 16 and not data.get("PixelRepresentation") and not syntax.is_encapsulated:
+        stored = np.frombuffer(data.PixelData, "<u2" if syntax.is_little_endian else ">u2")
+        if (share := (stored >> bits > 0).mean()) > CLIPPED:
+            raise _Refusal(f"has values of more than the {bits} bits that are stored ({share:.1%}); export it again")
 
+# %% ../nbs/00d_films.ipynb #728870ca
 def _read_dicom(path: Path, max_pixels: int) -> np.ndarray:
     "A film from a DICOM file."
     data = _dicom_header(path, max_pixels)
     header = _header_of(data)
-    _check_header(header)
+    _check_header(data, header)
     _check_shape(header.height, header.width, max_pixels)
     _check_decoder(data)
     data = pydicom.dcmread(path, specific_tags=[*_HEADER, *_PIXELS])
     data.BitsStored = header.bits
     pixels = _decoded(data)
-    if pixels.ndim == 3 and pixels.dtype == np.uint8:
+    mono = header.photometric.startswith("MONOCHROME")
+    if pixels.ndim == 3 and pixels.dtype == np.uint8 and not mono:
         return _grey_image(Image.fromarray(pixels))
-    if pixels.ndim != 2:
-        raise _Refusal(f"has pixels of shape {pixels.shape} and type {pixels.dtype}; export it in grey")
+    if pixels.ndim != 2 or not mono:
+        raise _Refusal(f"has photometric interpretation {header.photometric} with pixels of shape {pixels.shape} and "
+                       f"type {pixels.dtype}; export it in grey")
+    _check_bits(data)
     levels, counts, index = _histogram(pixels)
     padding = _padding(levels, data)
     if padding.any():
@@ -426,6 +478,15 @@ def _read_dicom(path: Path, max_pixels: int) -> np.ndarray:
     return np.where(padding, 0, _shown(levels, counts, data)).astype(np.float32)[index]
 
 # %% ../nbs/00d_films.ipynb #127f9289
+def _check_shows(film: np.ndarray) -> None:
+    "Refuse a picture of one grey, but for what a stretch may clip; judged by about a million of its pixels."
+    step = max(1, round(math.sqrt(film.size / 1e6)))
+    low, high = np.quantile(film[::step, ::step], (CLIPPED, 1 - CLIPPED))
+    if not high - low >= 1 / 255:
+        raise _Refusal(f"shows a single grey in all but {2 * CLIPPED:.0%} of its pixels; export it again, if it is "
+                       "DICOM with another window")
+
+
 def read_film(
     path: str | Path,  # PNG, JPEG, TIFF, BMP or DICOM; the content decides, not the suffix
     max_pixels: int = MAX_PIXELS,  # more are refused before they are decoded; Pillow's own end is 179 million
@@ -435,12 +496,12 @@ def read_film(
     8-bit values are divided by 255; deeper ones without a window are stretched between their 0.5 % and 99.5 %
     quantiles. DICOM: rescale, VOI table or window, MONOCHROME1. EXIF orientation is applied. Raises FilmError, one
     line that names the file, for whatever cannot be read or is no frontal film (a lateral view, a CT, a colour
-    picture, one grey, NaN, a size that no film has)."""
+    picture, one grey, NaN, a size that no film has, 16 bits in several channels, a rescale or bits that contradict the
+    pixels)."""
     path = Path(path)
     with _naming(path):
         film = (_read_dicom if _is_dicom(path) else _read_image)(path, max_pixels)
-        if film.max() - film.min() < 1 / 255:
-            raise _Refusal("shows a single grey; export it again, if it is DICOM with another window")
+        _check_shows(film)
         return film
 
 # %% ../nbs/00d_films.ipynb #e346c149

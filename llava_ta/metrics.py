@@ -19,8 +19,8 @@ import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from .decompose import RuleLabeler
 from .ontology import CHEXPERT_14
+from .rules import RuleLabeler
 
 # %% ../nbs/06b_metrics.ipynb #e36a7826
 CONVENTIONS: tuple[str, ...] = ("llava-rad", "r2gen")

@@ -20,12 +20,12 @@ from plotly.subplots import make_subplots
 
 from .core import Run, best_device, progress, write_table
 from .data import FilmStore
-from .decompose import split_sentences
 from .features import FeatureStore
 from .generate import film_rows
 from .metrics import bootstrap_interval
 from .model import LlavaTA
 from .packing import Sample, batch_losses, make_sample, pack
+from .rules import split_sentences
 from .studies import load_studies, seeded_order
 
 # %% ../nbs/09_narrative_bias.ipynb #a9bfed55

@@ -124,24 +124,27 @@ _SHAPES: dict[str, dict[str, tuple[str, float, float]]] = {  # kind -> name: + o
     "tortuous aorta": {"knob": ("+", 0.02, 0.045), "aorta": ("+", 0.03, 0.05)},
     "rotation right": {"turn": ("+", -0.075, 0)}, "rotation left": {"turn": ("+", 0.075, 0)},
     "osteopenia": {"bone": ("*", 0.80, -0.25)},
+}
+_EXPOSURES: dict[str, dict[str, tuple[str, float, float]]] = {  # the same for the technique, which the whole film shows
     "underexposed": {"dose": ("*", 0.25, 0), "low": ("+", -0.22, 0), "high": ("+", -0.15, 0)},
 }
+_BREAKING: tuple[str, ...] = ("fracture",)  # kinds that break bones
 
 
 def _deform(a: dict, finding: Finding, seed: int) -> dict:
-    """The anatomy with one shape-changing finding in it; other findings leave it as it was."""
+    """The anatomy and technique with one finding in them; one that is drawn as a layer leaves them as they were."""
     g, rng = _GRADES[finding.severity], _stream(seed, finding)
-    if finding.kind == "fracture":
+    if finding.kind in _BREAKING:
         return a | {"breaks": (*a.get("breaks", ()), _break(finding, g, rng))}
     side = "left" if _sides(finding, rng)[0] > 0 else "right"
-    changes = _SHAPES.get(finding.kind) or _SHAPES.get(f"{finding.kind} {side}", {})
+    table = _SHAPES | _EXPOSURES
+    changes = table.get(finding.kind) or table.get(f"{finding.kind} {side}", {})
     return a | {name: a[name] * (value + more * g) if how == "*" else a[name] + value + more * g
                 for name, (how, value, more) in changes.items()}
 
 # %% ../nbs/00b_phantom.ipynb #deeb2498
 def _changes_shape(finding: Finding) -> bool:
-    moves = finding.kind == "fracture" or any(name.startswith(finding.kind) for name in _SHAPES)
-    return moves and finding.kind != "underexposed"
+    return finding.kind in _BREAKING or any(name.startswith(finding.kind) for name in _SHAPES)
 
 # %% ../nbs/00b_phantom.ipynb #4fe87da9
 def _break(finding: Finding, g: float, rng: _Rng) -> tuple:
@@ -1000,8 +1003,8 @@ def draw(
     tau = sum(layers)
     for k, finding in enumerate(findings):
         without = sum(lay(findings[:k] + findings[k + 1:])[1]) if _changes_shape(finding) else tau - layers[k + 1]
-        masks.append(np.abs(tau - without) > 0.06 if finding.kind != "underexposed" else np.ones_like(tau, bool))
-    technique = (finding for finding in findings if finding.kind == "underexposed")
+        masks.append(np.ones_like(tau, bool) if finding.kind in _EXPOSURES else np.abs(tau - without) > 0.06)
+    technique = (finding for finding in findings if finding.kind in _EXPOSURES)
     settings = functools.reduce(lambda a, f: _deform(a, f, seed), technique, base)
     film = _develop(body, np.maximum(tau, 0), seed, _expose(settings, seed))
     return Phantom(film, _regions(body), findings, np.array(masks, bool).reshape(-1, size, size))

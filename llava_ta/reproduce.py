@@ -24,24 +24,15 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
-from llava_ta.core import (
-    FIGURE_MODES,
-    Profile,
-    Ref,
-    Run,
-    Settings,
-    atomic_path,
-    check_params,
-    commit,
-    preflight,
-    run_pipeline,
-)
+from .core import FIGURE_MODES, DataSettings, Ref, Run, Settings
+from .core import atomic_path, check_params, commit, preflight, run_pipeline
 from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import difference, over_seeds, published_html
 from .films import film_uri
 from .ontology import REGIONS, TOPICS, region_set
 from .segment import REGION_COLOURS, MaskStore
+from .studies import is_credentialed, load_studies
 
 # %% ../nbs/11_reproduce.ipynb #43cadfa1
 @dataclass(frozen=True)
@@ -293,21 +284,29 @@ def score_bars(
     return f'<div class="bars">{"".join(rows)}</div>'
 
 # %% ../nbs/11_reproduce.ipynb #c30fbe13
+_FILMS: dict[str, str] = {
+    "phantom": "drawn phantom films (no patient is shown)", "openi": "real films of Open-i (Indiana University)",
+    "mimic": "real films of MIMIC-CXR", "folder": "real films of your own folder"}
+
+
 def provenance(
-    profile: Profile,  # of the run
+    data: DataSettings,  # data section of the run's profile
+    studies: pd.DataFrame,  # the run's table of studies
 ) -> tuple[str, str]:  # what films and reports these are; what may be done with the page
     "Data and terms in words."
-    source, texts = profile.data.source, profile.data.texts
-    films = {"phantom": "drawn phantom films (no patient is shown)",
-             "openi": "real films of Open-i (Indiana University)", "mimic": "real films of MIMIC-CXR"}[source]
-    if source == "mimic":
-        return f"{films} with their reports", ("This page is under the data use agreement of PhysioNet: it must not be "
-                                               "shared with anybody who has not signed that.")
-    if "openi" in (source, texts):
-        return f"{films} {'with their' if texts == 'source' else 'and real Open-i'} reports", (
-            "Open-i reports are under CC BY-NC-ND. This page holds parts of them and must not be redistributed.")
-    return (f"{films} with reports that the phantom wrote",
-            "Nothing on this page comes from a patient; it may be passed on.")
+    films = _FILMS[data.source]
+    if data.source == data.texts == "phantom":
+        return (f"{films} with reports that the phantom wrote",
+                "Nothing on this page comes from a patient; it may be passed on.")
+    what = f"{films} {'with their' if data.texts == 'source' else 'and real Open-i'} reports"
+    if is_credentialed(studies):
+        under = " under the data use agreement of PhysioNet" if data.source == "mimic" else ""
+        return what, f"This page holds credentialed reports{under}: it must not leave this machine."
+    if "openi" in (data.source, data.texts):
+        return what, ("Open-i reports are under CC BY-NC-ND. This page holds parts of them and must not be "
+                      "redistributed.")
+    licences = "; ".join(sorted(set(studies["licence"])))
+    return what, f"This page is under the licence of your table ({licences}); share it on those terms alone."
 
 # %% ../nbs/11_reproduce.ipynb #887d2f1b
 def record_html(
@@ -471,7 +470,7 @@ def study_html(
 # %% ../nbs/11_reproduce.ipynb #88352f48
 def _head(run: Run, metrics: dict[str, Any]) -> str:
     "The top of the page."
-    what, terms = provenance(run.profile)
+    what, terms = provenance(run.profile.data, load_studies(run.path("data")))
     facts = {"profile": run.settings.name, "run": run.settings.run, "changes": run.settings.overrides or "none",
              "data": what, "test studies": metrics["studies"], "made": time.strftime("%Y-%m-%d %H:%M"),
              "commit": commit()[:10] or "unknown"}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPENI_ARCHIVES', 'MIMIC_LICENCE', 'FOLDER_COLUMNS', 'report_sections', 'fill_findings', 'parse_openi_report',
            'openi_reports', 'openi_studies', 'openi_films', 'fetch_openi', 'chexpert_labels', 'mimic_studies',
-           'llava_rad_studies', 'folder_studies', 'missing_data', 'read_source']
+           'llava_rad_studies', 'folder_studies', 'read_source']
 
 # %% ../nbs/00g_sources.ipynb #54816083
 import functools
@@ -15,21 +15,20 @@ import re
 import tarfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings, data_dir, progress, root, source_tables
+from .core import LLAVA_RAD_LISTS, MIMIC_LISTS, DataSettings
+from .core import absent_data, data_dir, progress, root, source_tables
 from .download import fetch, unpack
-from llava_ta.studies import (
-    COLUMNS, choose_studies, cut_fold, film_path, read_listing, validate_studies,
-)
+from .studies import COLUMNS, choose_studies, cut_fold, film_path, film_paths, read_listing
+from .studies import refuse, says_nothing, validate_studies
 
 # %% ../nbs/00g_sources.ipynb #b54d8638
-_HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape of it may hold a letter
+_HEADINGS: dict[str, str] = {  # section -> pattern in small letters
     "findings": r"(?:chest |radiographic )?findings?(?: ?(?:and|/|&) ?(?:impressions?|conclusions?))?"
                 r"|impressions? ?(?:and|/|&) ?findings?|description of findings",
     "impression": r"(?:final |overall )?impressions?(?: ?(?:and|/|&) ?recommendations?(?:\(s\))?)?"
@@ -43,29 +42,51 @@ _HEADINGS: dict[str, str] = {  # section -> pattern in small letters; no escape 
     "other": r"notifications?|recommendations?(?:\(s\))?|wet read|preliminary report|critical results?|attestation",
 }
 _ANY = "|".join(_HEADINGS.values())
+_MAIN = ("findings", "impression")
+_TOLD = "|".join(_HEADINGS[kind] for kind in _MAIN)
+_ITEM = rf"(?:[-*•]|\d{{1,2}}[.)])[ \t]+(?=\**(?i:{_TOLD})[ \t*]*:)"  # of a list: other headings are a part of the item
+_MARKS = rf"[ \t>]*(?:#+[ \t]*|{_ITEM})?\**"
 _HEADING = re.compile(
-    rf"^[ \t]*(?P<line>(?i:{_ANY}))[ \t]*:"  # at the start of a line, in any letters
-    rf"|^[ \t]*(?P<alone>{_ANY.upper()})[ \t]*$"  # alone on its line
-    rf"|(?<=\s)(?=[A-Z]{{4}})(?P<inside>{_ANY.upper()}):"  # inside a line, in capitals
+    rf"^{_MARKS}(?P<line>(?i:{_ANY}))[ \t*]*:\**"  # at the start of a line, in any letters
+    rf"|^{_MARKS}(?=[A-Z])(?P<alone>(?i:{_ANY}))[ \t*]*(?:$|[-–—](?=\s))"  # alone, or before a dash
+    rf"|(?<=\s)\**(?=[A-Z])(?P<inside>(?i:{_ANY}))[ \t*]*:\**"  # inside a line, with a capital
+    rf"|(?<=[.!?])\s+\**(?=[A-Z])(?P<dash>(?i:{_TOLD}))\**\s+[-–—](?=\s)"  # after a sentence, before a dash
     r"|^[ \t]*(?P<views>(?=[^:\n]*\b(?:CHEST|VIEWS?|RADIOGRAPHS?)\b)[A-Z][A-Z0-9 ,/&()-]+):(?!\d)", re.MULTILINE)
 
 # %% ../nbs/00g_sources.ipynb #d7eda646
 def _final_block(text: str) -> str:
     "The final report without wet read and addenda; of a report that is all addendum, the addendum."
-    last = re.split(r"^[ \t]*FINAL REPORT[ \t]*$", text, flags=re.MULTILINE)[-1]
+    lines = "\n".join(text.replace("\xa0", " ").splitlines())
+    last = re.split(r"^[ \t]*FINAL REPORT[ \t]*$", lines, flags=re.MULTILINE)[-1]
     main, *added = re.split(r"^[ \t_]*(?:FINAL )?ADDENDUM\b[ \t:]*", last, flags=re.MULTILINE)
-    return main if re.search("[a-z]{3}", main) or not added else "\n".join(added)
+    return main if re.search("[a-z]{3}|FINDING|IMPRESSION", main) or not added else "\n".join(added)
 
-
+# %% ../nbs/00g_sources.ipynb #962ef195
 def _paragraphs(text: str) -> list[str]:
     "Paragraphs with normalised white space and one mark for what was removed."
     found = (" ".join(part.split()) for part in re.split(r"\n[ \t]*\n", text))
     return [re.sub("_{3,}", "___", part) for part in found if part.strip("_ ")]
 
-
+# %% ../nbs/00g_sources.ipynb #d69935fb
 def _is_prose(paragraph: str) -> bool:
     "Whether a paragraph without a heading says something in a sentence."
     return len(re.findall("[a-z]{2,}", paragraph)) >= 3 and "." in paragraph
+
+# %% ../nbs/00g_sources.ipynb #15c0e284
+def _begins(name: str, kind: str, section: str, before: str, main_follows: bool) -> bool:
+    "Whether a heading inside a line begins a section; `before` is what the present section has said so far."
+    main = kind in _MAIN
+    if section not in _MAIN and (section or not _is_prose(before)):
+        return bool(section) or main or main_follows
+    last = before.split()[-1:]
+    compound = bool(last) and last[0][0].isupper() and last[0][-1].isalnum()
+    return main or not compound if name.isupper() else main and not compound
+
+# %% ../nbs/00g_sources.ipynb #c6c50ce8
+def _kind(found: re.Match) -> str:
+    "The section that a heading begins; a view that stands for a heading begins the findings."
+    name = found["line"] or found["alone"] or found["inside"] or found["dash"] or "findings"
+    return next(kind for kind, known in _HEADINGS.items() if re.fullmatch(known, name, re.IGNORECASE))
 
 # %% ../nbs/00g_sources.ipynb #cb077fb1
 def report_sections(
@@ -76,13 +97,16 @@ def report_sections(
     A section that occurs twice is joined. Below a heading that introduces (indication, comparison, technique,
     examination), the first paragraph belongs to it, and later ones are text without a heading."""
     body, parts, section, start = _final_block(text), [], "", 0
-    for found in _HEADING.finditer(body):
-        name = found["line"] or found["alone"] or found["inside"]
-        if not name and section in ("findings", "impression"):
+    heads = [(found, _kind(found)) for found in _HEADING.finditer(body)]
+    for number, (found, kind) in enumerate(heads):
+        before, inside = body[start : found.start()], found["inside"] or found["dash"]
+        follows = any(later in _MAIN for _, later in heads[number + 1 :])
+        if inside and not _begins(inside, kind, section, before, follows):
+            continue
+        if found["views"] and section in _MAIN:
             continue  # a view named inside the findings is not a new section
-        parts.append((section, body[start : found.start()]))
-        kinds = [kind for kind, known in _HEADINGS.items() if name and re.fullmatch(known, name, re.IGNORECASE)]
-        section, start = kinds[0] if kinds else "findings", found.end()
+        parts.append((section, before))
+        section, start = kind, found.end()
     parts.append((section, body[start:]))
     sections: dict[str, list[str]] = {}
     for section, part in parts:
@@ -100,7 +124,7 @@ def fill_findings(
 ) -> pd.DataFrame:  # findings filled, column section added; "none" where there is nothing
     "Let text without a heading, or else the impression, stand in for findings that are not there."
     text = reports["text"] if "text" in reports else pd.Series("", index=reports.index)
-    choice = [reports["findings"] != "", text != "", reports["impression"] != ""]
+    choice = [~said.map(says_nothing).astype(bool) for said in (reports["findings"], text, reports["impression"])]
     return reports.assign(
         findings=np.select(choice, [reports["findings"], text, reports["impression"]], ""),
         section=np.select(choice, ["findings", "text", "impression"], "none"),
@@ -125,32 +149,44 @@ def parse_openi_report(
         study = report.find("uId").get("id")
     except (ElementTree.ParseError, AttributeError) as error:
         raise ValueError(f"{name} is not a report of Open-i: {error}") from None
-    sections = {node.get("Label"): " ".join((node.text or "").split()) for node in report.iter("AbstractText")}
+    if not study:
+        raise ValueError(f"{name} is not a report of Open-i: its uId has no id")
+    sections: dict[str, list[str]] = {}
+    for node in report.iter("AbstractText"):
+        sections.setdefault(node.get("Label"), []).extend("".join(node.itertext()).split())
     return {
         "study": study,
-        **{part: sections.get(part.upper(), "") for part in ("findings", "impression", "indication")},
+        **{part: " ".join(sections.get(part.upper(), [])) for part in ("findings", "impression", "indication")},
         "mesh": [node.text for node in report.iter("major")],
         "images": [node.get("id") for node in report.iter("parentImage")],
     }
 
 # %% ../nbs/00g_sources.ipynb #4aa2374a
+def _openi_table(reports: dict[str, bytes]) -> pd.DataFrame:
+    "Parsed reports, one row each; raises ValueError that names two files of one study."
+    table, first = pd.DataFrame([parse_openi_report(text, name) for name, text in reports.items()]), {}
+    for study, name in zip(table["study"], reports, strict=True):
+        if first.setdefault(study, name) != name:
+            raise ValueError(f"{name}: study {study} has another report, {first[study]}")
+    return table
+
+# %% ../nbs/00g_sources.ipynb #5c7db03d
 @functools.cache
 def openi_reports(
     folder: str = "",  # of Open-i; its NLMCXR_reports/ is preferred to the installed reports
 ) -> pd.DataFrame:  # what `parse_openi_report` finds, one row a report
     """Read the reports of Open-i: XML files below a folder, else those that torchxrayvision installs.
 
-    Raises FileNotFoundError when neither is there, ValueError naming a file that is no report."""
+    Raises FileNotFoundError when neither is there, ValueError naming a file that is no report or a second one."""
     files = sorted(Path(folder, "NLMCXR_reports").rglob("*.xml")) if folder else []
     if files:
-        return pd.DataFrame([parse_openi_report(file.read_bytes(), str(file)) for file in files])
+        return _openi_table({str(file): file.read_bytes() for file in files})
     package = importlib.util.find_spec("torchxrayvision")
     archive = Path(package.submodule_search_locations[0], "data", "NLMCXR_reports.tgz") if package else None
     if archive is None or not archive.is_file():
         raise FileNotFoundError("the Open-i reports come with `pip install torchxrayvision`, which is not installed")
     with tarfile.open(archive) as tar:
-        xml = {member.name: tar.extractfile(member).read() for member in tar if member.name.endswith(".xml")}
-    return pd.DataFrame([parse_openi_report(text, name) for name, text in xml.items()])
+        return _openi_table({one.name: tar.extractfile(one).read() for one in tar if one.name.endswith(".xml")})
 
 # %% ../nbs/00g_sources.ipynb #6f806d77
 def openi_studies(
@@ -159,15 +195,13 @@ def openi_studies(
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # the table, `film` is the id of the image; what was left out
     """Join the Open-i manifest with the reports.
 
-    Split `val` is the literature's; everything else in the manifest is `train`. Raises ValueError when a study of the
-    manifest has no report."""
+    Split `val` is the literature's; what has none is `train`, too. Raises ValueError that names the row when a study of
+    the manifest has no report or another split."""
     path = Path(manifest or root() / "data_manifests" / "openi.csv")
     listed = read_listing(path, ["study", "image", "view", "split", "licence"])
+    refuse(listed, ~listed["split"].isin(["train", "val", ""]), "split", "is not train, val or empty", path)
     joined = listed.merge(openi_reports(folder), on="study", how="left", validate="many_to_one")
-    lost = joined["findings"].isna()
-    if lost.any():
-        row, study = int(lost.argmax()) + 1, joined["study"][lost].iloc[0]
-        raise ValueError(f"{path}: row {row}, column study: {study} has no report")
+    refuse(joined, joined["findings"].isna(), "study", "has no report", path)
     joined["split"] = np.where(joined["split"] == "val", "val", "train")
     joined = joined.assign(patient=joined["study"], film=joined["image"], source="openi", credentialed=False,
                            labels=[[] for _ in range(len(joined))])
@@ -175,20 +209,29 @@ def openi_studies(
 
 # %% ../nbs/00g_sources.ipynb #5231d513
 def _openi_index(folder: Path) -> pd.DataFrame:
-    "Primary frontal films of a folder with index.csv: study and film."
-    index = read_listing(folder / "index.csv", ["uid", "file", "primary_frontal"])
-    primary = index[index["primary_frontal"].str.lower().isin(["true", "1"])]
-    if primary["uid"].duplicated().any():
-        twice = primary["uid"][primary["uid"].duplicated()].iloc[0]
-        raise ValueError(f"{folder / 'index.csv'}: column uid: {twice} has two films that are primary_frontal")
-    return pd.DataFrame({"study": "CXR" + primary["uid"], "film": primary["file"].map(film_path)})
+    "Primary frontal films of a folder with index.csv: study and film; raises ValueError naming file, row and column."
+    path = folder / "index.csv"
+    index = read_listing(path, ["uid", "file", "primary_frontal"])
+    meant = index["primary_frontal"].str.lower().map({"true": 1, "1": 1, "false": 0, "0": 0, "": 0})
+    refuse(index, meant.isna(), "primary_frontal", "is neither True nor False", path)
+    primary = index[meant == 1]
+    twice = index.index.isin(primary.index[primary["uid"].duplicated()])
+    refuse(index, twice, "uid", "has another film that is primary_frontal", path)
+    rows = (primary.index + 1).tolist()
+    return pd.DataFrame({"study": "CXR" + primary["uid"], "film": film_paths(primary["file"], path, "file", rows)})
 
-
+# %% ../nbs/00g_sources.ipynb #f2ab386e
 def _openi_archive(folder: Path, images: pd.DataFrame) -> pd.DataFrame:
-    "Films of the public archive that the manifest names: study and film."
+    "Films of the public archive that the manifest names: study and film; ValueError names a film that is there twice."
     base = folder / "NLMCXR_png" if (folder / "NLMCXR_png").is_dir() else folder
-    films = (file.relative_to(folder) for file in base.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".dcm"))
-    there = {film.stem: film.as_posix() for film in films if not any(part.startswith(".") for part in film.parts)}
+    endings, wanted, there = (".png", ".jpg", ".jpeg", ".dcm"), set(images["film"]), {}
+    for film in sorted(file.relative_to(folder) for file in base.rglob("*") if file.suffix.lower() in endings):
+        if film.stem not in wanted or any(part.startswith(".") for part in film.parts):
+            continue
+        if film.stem in there:
+            both = f"{there[film.stem]}, {film.as_posix()}"
+            raise ValueError(f"{folder}: image {film.stem} is there twice: {both}; keep one")
+        there[film.stem] = film.as_posix()
     return images.assign(film=images["film"].map(there)).dropna()
 
 # %% ../nbs/00g_sources.ipynb #f54bcb1e
@@ -204,7 +247,10 @@ def openi_films(
     if joined.empty:
         what = "no uid of index.csv" if indexed else "no film, by its name,"
         raise ValueError(f"{folder}: {what} is in the Open-i manifest")
-    return _finish(joined, str(folder), {**left_out, "studies without a film": len(studies) - len(joined)})
+    return _finish(joined, str(folder), {
+        **left_out, "studies without a film": len(studies) - len(joined),
+        "primary films of index.csv that are not in the manifest": len(films) - len(joined),
+    })
 
 # %% ../nbs/00g_sources.ipynb #04beba69
 OPENI_ARCHIVES: dict[str, str] = {  # folder that the archive becomes -> its address
@@ -212,7 +258,7 @@ OPENI_ARCHIVES: dict[str, str] = {  # folder that the archive becomes -> its add
     "NLMCXR_png": "https://openi.nlm.nih.gov/imgs/collections/NLMCXR_png.tgz",
 }
 
-
+# %% ../nbs/00g_sources.ipynb #53b6cd52
 def fetch_openi(
     folder: str | Path,  # becomes data.dir of the source openi
     archives: dict[str, str] | None = None,  # folder -> address; `OPENI_ARCHIVES` if not given
@@ -228,9 +274,9 @@ def fetch_openi(
 # %% ../nbs/00g_sources.ipynb #2ac6795a
 MIMIC_LICENCE = "PhysioNet Credentialed Health Data License 1.5.0"
 
-
+# %% ../nbs/00g_sources.ipynb #031a1f6c
 def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
-    "One of PhysioNet's lists, all text; raises FileNotFoundError or ValueError naming file and column."
+    "One of PhysioNet's lists, all text; the first column of `needs` is unique. Errors name file, row and column."
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; it comes with MIMIC-CXR-JPG 2.1.0")
     try:
@@ -239,9 +285,7 @@ def _mimic_list(path: Path, needs: tuple[str, ...]) -> pd.DataFrame:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if absent := [name for name in needs if name not in table]:
         raise ValueError(f"{path}: column {', '.join(absent)} is missing")
-    if "dicom_id" in needs and (twice := table["dicom_id"].duplicated()).any():
-        row = int(twice.argmax()) + 1
-        raise ValueError(f"{path}: row {row}, column dicom_id: {table['dicom_id'][row - 1]} occurs twice")
+    refuse(table, table[needs[0]].duplicated(), needs[0], "occurs twice", path)
     return table
 
 # %% ../nbs/00g_sources.ipynb #d4947577
@@ -280,17 +324,24 @@ def _report_reader(folder: Path) -> Callable[[str], str]:
     return read
 
 # %% ../nbs/00g_sources.ipynb #8119f1c5
+_LABEL_VALUES: dict[str, str] = {"1.0": "1", "0.0": "0", "-1.0": "-1", "1": "1", "0": "0", "-1": "-1"}
+
+# %% ../nbs/00g_sources.ipynb #5cdce1e5
 def chexpert_labels(
     folder: str | Path,  # of MIMIC-CXR-JPG; without mimic-cxr-2.0.0-chexpert.csv.gz there are no labels
 ) -> dict[str, list[str]]:  # "s" and the study's number -> labels as `<label>=<value>`
-    "Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; what is not mentioned is not there."
+    """Read the CheXpert labels of PhysioNet: 1 present, 0 absent, -1 uncertain; what is not mentioned is not there.
+
+    Raises ValueError naming file, row and column of another value, or of a study that occurs twice."""
     path = Path(folder) / "mimic-cxr-2.0.0-chexpert.csv.gz"
     if not path.is_file():
         return {}
     table = _mimic_list(path, ("study_id",))
     labels = [name for name in table if name not in ("study_id", "subject_id")]
+    for name in labels:
+        refuse(table, ~table[name].isin([*_LABEL_VALUES, ""]), name, "is not 1.0, 0.0, -1.0 or empty", path)
     rows = zip(table["study_id"], table[labels].to_numpy(), strict=True)
-    return {f"s{study}": [f"{name}={float(value):.0f}" for name, value in zip(labels, row, strict=True) if value]
+    return {f"s{study}": [f"{name}={_LABEL_VALUES[value]}" for name, value in zip(labels, row, strict=True) if value]
             for study, row in rows}
 
 # %% ../nbs/00g_sources.ipynb #02aac4b8
@@ -310,13 +361,15 @@ def mimic_studies(
     table = listed.merge(splits[["dicom_id", "split"]], on="dicom_id", how="left")
     names = {"train": "train", "validate": "valid", "test": "val"}
     if (lost := ~table["split"].isin(names)).any():
-        film = table["dicom_id"][lost].iloc[0]
-        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {film} has no split")
+        film, split = table.loc[lost.idxmax(), ["dicom_id", "split"]]
+        why = "has no split" if pd.isna(split) else f"has split {split!r}, which is not train, validate or test"
+        raise ValueError(f"{folder / MIMIC_LISTS[1]}: column split: film {film} {why}")
     stem = "files/p" + table["subject_id"].str[:2] + "/p" + table["subject_id"] + "/s" + table["study_id"]
     table = pd.DataFrame({"study": "s" + table["study_id"], "patient": "p" + table["subject_id"], "stem": stem,
                           "view": table["ViewPosition"], "image": table["dicom_id"], "split": table["split"].map(names),
                           "film": stem + "/" + table["dicom_id"] + ".jpg"})
     table, said = _frontals(table, films)
+    said["films of the split list without metadata"] = int((~splits["dicom_id"].isin(listed["dicom_id"])).sum())
     table = choose_studies(table, train, val, seed)
     read, labels = _report_reader(folder), chexpert_labels(folder)
     texts = {stem: report_sections(read(f"{stem}.txt")) for stem in progress(table["stem"].unique(), "reports")}
@@ -333,8 +386,20 @@ def _as_mimic(table: pd.DataFrame, labels: dict[str, list[str]]) -> pd.DataFrame
 # %% ../nbs/00g_sources.ipynb #b0cc0557
 _MIMIC_FILM = re.compile(r"(p\d\d/p(\d{8})/s(\d{8})/[^/]+)$")
 
+# %% ../nbs/00g_sources.ipynb #1f4c8fa9
+def _entry_films(entry: object) -> list[tuple[object, object]]:
+    "Image and view of each film of an entry; ValueError where they cannot be told apart."
+    if not isinstance(entry, dict):
+        raise ValueError("is not an object with id and image")
+    images, views = (found if isinstance(found, list) else [found] for found in (entry.get("image"), entry.get("view")))
+    if not images:
+        raise ValueError("image is missing")
+    if len(images) != len(views):
+        raise ValueError(f"{len(images)} images, but {len(views)} views; view must be a list with one for each image")
+    return list(zip(images, views, strict=True))
 
-def _llava_rad_rows(path: Path) -> list[dict[str, str]]:
+# %% ../nbs/00g_sources.ipynb #1d90e83d
+def _llava_rad_rows(path: Path) -> list[dict[str, object]]:
     "The films of one annotation file; raises ValueError naming file and entry (from 1)."
     try:
         entries = json.loads(path.read_bytes().decode("utf-8-sig"))
@@ -344,22 +409,23 @@ def _llava_rad_rows(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: a list of entries is wanted")
     rows = []
     for number, entry in enumerate(entries, 1):
-        images = entry.get("image") if isinstance(entry, dict) else None
-        for image in images if isinstance(images, list) else [images]:
-            try:
-                rows.append(_llava_rad_row(entry, image))
-            except (AttributeError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}: entry {number}: {error}") from None
+        try:
+            found = [_llava_rad_row(entry, *film) for film in _entry_films(entry)]
+            rows += [{**row, "where": f"{path}: entry {number}"} for row in found]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: entry {number}: {error}") from None
     return rows
 
 # %% ../nbs/00g_sources.ipynb #5669fb3c
-def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
+def _llava_rad_row(entry: dict, image: object, view: object) -> dict[str, str]:
     "One film of an entry; raises ValueError where the path or the patient cannot be told."
     if not isinstance(image, str):
         raise ValueError("image is missing")
     path = film_path(image)
     known = _MIMIC_FILM.search(path)
     named = re.fullmatch(r"p?(\d+)_s?(\d+)", str(entry.get("id", "")))
+    if named and known and named.groups() != known.groups()[1:]:
+        raise ValueError(f"id {entry['id']!r} names another patient or study than image {image!r}")
     patient, study = named.groups() if named else known.groups()[1:] if known else ("", "")
     if not study:
         raise ValueError(f"id {entry.get('id')!r} is not <patient>_<study>")
@@ -367,11 +433,22 @@ def _llava_rad_row(entry: dict, image: str) -> dict[str, str]:
     texts = {"findings": said[-1] if said else "", "impression": entry.get("impression"),
              "indication": entry.get("reason")}
     return {
-        "study": f"s{study}", "patient": f"p{patient}", "view": str(entry.get("view") or "").upper(),
+        "study": f"s{study}", "patient": f"p{patient}", "view": str(view or "").upper(),
         "film": f"files/{known[1]}" if known else path.removeprefix("mimic/"), "image": path.rsplit("/", 1)[-1],
         "method": str(entry.get("generate_method") or ""),
         **{part: " ".join(text.split()) if isinstance(text, str) else "" for part, text in texts.items()},
     }
+
+# %% ../nbs/00g_sources.ipynb #076b18fc
+def _refuse_shared_films(rows: pd.DataFrame) -> None:
+    "Raise a ValueError that names two entries which put one film into two splits or two studies."
+    for column in ("split", "study"):
+        torn = rows[column] != rows.groupby("film")[column].transform("first")
+        if torn.any():
+            here = rows.loc[torn.idxmax()]
+            first = rows[rows["film"] == here["film"]].iloc[0]
+            other = f"{first[column]} in {first['where']}"
+            raise ValueError(f"{here['where']}: film {here['film']} has {column} {here[column]}, but {other}")
 
 # %% ../nbs/00g_sources.ipynb #090c3376
 def llava_rad_studies(
@@ -383,19 +460,21 @@ def llava_rad_studies(
     """Read the studies of LLaVA-Rad's annotations: train, dev as `valid`, and one test set as `val`.
 
     Raises FileNotFoundError naming a file, ValueError naming file and entry."""
-    parts = []
+    rows = []
     for split, name in {"train": "train", "dev": "valid", "test": "val"}.items():
         path = Path(annotations) / LLAVA_RAD_LISTS[split]
         if path.is_file():
-            parts.append(pd.DataFrame(_llava_rad_rows(path)).assign(split=name))
+            rows += [{**row, "split": name} for row in _llava_rad_rows(path)]
         elif split != "dev":
             raise FileNotFoundError(f"{path} does not exist; it comes with LLaVA-Rad's annotations on physionet.org")
-    table = pd.concat(parts, ignore_index=True)
-    said = Counter({"without findings": int((table["findings"] == "").sum())})
-    table = table[table["findings"] != ""]
-    other = (table["split"] == "val") & (table["method"] != test_set)
-    said["test films of the other method"] = int(other.sum())
-    table = table[~other].assign(second=lambda rows: rows["method"] != test_set)
+    if not any(row["split"] == "val" and row["method"] == test_set for row in rows):
+        raise ValueError(f"{path}: no entry has generate_method {test_set!r}, the test set that is asked for")
+    table = pd.DataFrame(rows)
+    _refuse_shared_films(table)
+    silent = table["findings"].map(says_nothing)
+    other = ~silent & (table["split"] == "val") & (table["method"] != test_set)
+    said = {"without findings": int(silent.sum()), "test films of the other method": int(other.sum())}
+    table = table[~silent & ~other].assign(second=lambda kept: kept["method"] != test_set)
     table = table.sort_values("second", kind="stable")
     said["second texts of a film"] = int(table["film"].duplicated().sum())
     table, fewer = _frontals(table.drop_duplicates("film"), films)
@@ -404,31 +483,76 @@ def llava_rad_studies(
 # %% ../nbs/00g_sources.ipynb #0cdf6256
 FOLDER_COLUMNS: dict[str, str] = {  # column of a user's CSV -> meaning
     "film": "path of the film below the folder; needed",
-    "study": "identifier, unique; the film's path if absent",
-    "patient": "identifier; every study counts as a patient if absent",
-    "split": "train, valid, val (or test), new; if absent, a seeded tenth of the patients is val",
+    "study": "identifier, unique; the film's path without its ending if absent",
+    "patient": "identifier, needed in each row; every study counts as a patient if there is no such column",
+    "split": "train, valid, val (or test), new; without the column, a seeded tenth of the patients is val",
     "view": "PA, AP or frontal, which it is if absent",
     "report": "the whole report, cut at its headings; or else",
-    "findings": "its findings, with",
-    "impression": "and",
-    "indication": "where there are such",
+    "findings": "its findings",
+    "impression": "its impression; a cell that is not empty stands before that of `report`",
+    "indication": "why the film was taken; a cell that is not empty stands before that of `report`",
     "licence": "of the study",
 }
 _SPLIT_NAMES: dict[str, str] = {"validate": "valid", "validation": "valid", "dev": "valid", "test": "val"}
 
 # %% ../nbs/00g_sources.ipynb #0f426c5f
-def _folder_texts(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    "Findings, impression and indication of a user's table, from its columns or out of its reports."
+def _spoken(texts: pd.Series) -> pd.Series:
+    "Texts with normalised white space, empty where they only say that there is nothing."
+    return texts.map(lambda text: "" if says_nothing(text) else " ".join(text.split())).astype(object)
+
+# %% ../nbs/00g_sources.ipynb #18fe207d
+def _cut_reports(reports: pd.Series, path: Path) -> list[dict[str, str]]:
+    "Sections of a user's reports; raises ValueError for one of which nothing could be learned."
+    cut = [{} if says_nothing(text) else report_sections(text) for text in reports]
+    for row, (text, sections) in enumerate(zip(reports, cut, strict=True), 1):
+        if not says_nothing(text) and not {"findings", "impression", "text"} & set(sections):
+            raise ValueError(f"{path}: row {row}, column report: no findings, no impression and no sentence is found; "
+                             "put 'FINDINGS:' before what it says, or use a column findings")
+    return cut
+
+# %% ../nbs/00g_sources.ipynb #8de1e355
+def _folder_texts(table: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, dict[str, int]]:
+    "Findings, impression and indication of a user's table: its own cells, or else the sections of its reports."
     if "report" in table and "findings" in table:
         raise ValueError(f"{path}: columns report and findings are both there; keep one of them")
-    parts = ("findings", "impression", "indication", "text")
-    if "report" not in table:
-        return table.assign(**{part: table.get(part, "") for part in parts})
-    cut = [report_sections(text) for text in table["report"]]
-    said = [text.strip() != "" and not sections for text, sections in zip(table["report"], cut, strict=True)]
-    if any(said):
-        raise ValueError(f"{path}: row {said.index(True) + 1}, column report: it has no section and no sentence")
-    return table.assign(**{part: [sections.get(part, "") for sections in cut] for part in parts})
+    parts, empty = ("findings", "impression", "indication", "text"), pd.Series("", index=table.index, dtype=object)
+    typed = {part: table.get(part, empty) for part in (*parts, "report")}
+    cut = _cut_reports(typed["report"], path)
+    own = {part: _spoken(typed[part]) for part in parts}
+    told = {part: _spoken(pd.Series([sections.get(part, "") for sections in cut], dtype=object)) for part in parts}
+    said = {
+        "cells that say NaN, None or the like, taken as empty": sum(
+            int((cells.map(says_nothing).astype(bool) & (cells != "")).sum()) for cells in typed.values()),
+        "sections of a report that gave way to a column": sum(
+            int(((own[part] != "") & (told[part] != "") & (own[part] != told[part])).sum()) for part in parts),
+    }
+    return table.assign(**{part: own[part].mask(own[part] == "", told[part]) for part in parts}), said
+
+# %% ../nbs/00g_sources.ipynb #7a2fae64
+def _folder_names(table: pd.DataFrame) -> pd.DataFrame:
+    "Study, patient, view and licence of a user's table; what is absent is filled in."
+    stem = table["film"].str.replace(r"\.(?:png|jpe?g|tiff?|bmp|dcm|dicom)$", "", case=False, regex=True)
+    study = table.get("study", stem)
+    study = study.mask(study == "", stem)
+    views = {"pa": "PA", "ap": "AP", "": "frontal", "frontal": "frontal"}
+    view = table.get("view", pd.Series("", index=table.index)).map(lambda name: views.get(name.lower(), name))
+    licence = table.get("licence", pd.Series("", index=table.index)).replace("", "not stated")
+    return table.assign(study=study, patient=table.get("patient", study), view=view, licence=licence)
+
+# %% ../nbs/00g_sources.ipynb #fbe2c5bc
+def _folder_splits(table: pd.DataFrame, path: Path, seed: int) -> tuple[pd.DataFrame, dict[str, int]]:
+    "Splits of a user's table, drawn where it names none; a film without a report becomes `new`."
+    silent, kept = table["section"] == "none", "films without a report, of split new"
+    if "split" in table:
+        split = table["split"].str.lower().replace(_SPLIT_NAMES)
+        unnamed = silent & (split == "")
+        return table.assign(split=split.mask(unnamed, "new")), {kept: int(unnamed.sum())}
+    table = table.assign(split=np.where(silent, "new", "train"))
+    try:
+        table = cut_fold(table, 0.1, seed, "val")
+    except ValueError as error:
+        raise ValueError(f"{path}: column split is not there, and {error}") from None
+    return table, {"studies whose split was drawn": int((~silent).sum()), kept: int(silent.sum())}
 
 # %% ../nbs/00g_sources.ipynb #45776246
 def folder_studies(
@@ -438,49 +562,19 @@ def folder_studies(
 ) -> tuple[pd.DataFrame, dict[str, int]]:  # the table; what had to be assumed
     "Read a user's own studies. Raises FileNotFoundError, or ValueError naming file, row and column."
     path = Path(path)
-    table = read_listing(path, ["film"])
+    table = read_listing(path, ["film"], FOLDER_COLUMNS)
     if unknown := [name for name in table if name not in FOLDER_COLUMNS]:
         raise ValueError(f"{path}: column {', '.join(unknown)} is not known; columns are {', '.join(FOLDER_COLUMNS)}")
-    table = fill_findings(_folder_texts(table, path))
-    silent, named, said = table["section"] == "none", "patient" in table, {}
-    films = [film.replace("\\", "/").removeprefix("./") for film in table["film"]]
-    study = table.get("study", pd.Series([re.sub(r"\.\w+$", "", film) for film in films]))
-    table = table.assign(film=films, study=study, patient=table.get("patient", study))
-    view = table.get("view", pd.Series("frontal", index=table.index))
-    view = view.map(lambda name: {"pa": "PA", "ap": "AP", "": "frontal"}.get(name.lower(), name))
-    if "split" in table:
-        split = table["split"].str.lower().replace(_SPLIT_NAMES)
-        table["split"] = split.mask(silent & (split == ""), "new")
-    else:
-        table["split"] = np.where(silent, "new", "train")
-        table = cut_fold(table, 0.1, seed, "val")
-        said["studies whose split was drawn"] = int((~silent).sum())
-    said |= {} if named else {"studies that count as a patient each": len(table)}
-    empty = [[] for _ in films]
-    table = table.assign(view=view, source="folder", credentialed=credentialed, mesh=empty, labels=empty,
-                         licence=table.get("licence", "not stated"))
-    return validate_studies(table[list(COLUMNS)], str(path)), said
-
-# %% ../nbs/00g_sources.ipynb #76d5602a
-def missing_data(
-    data: DataSettings,  # data section of a profile
-) -> list[str]:  # what is absent and where it comes from; empty when the data step can run
-    "List what the chosen source lacks on this machine, without reading any film."
-    lacks: list[str] = []
-    if "openi" in (data.source, data.texts) and importlib.util.find_spec("torchxrayvision") is None:
-        lacks.append("the Open-i reports: pip install torchxrayvision")
-    if data.source == "phantom":
-        return lacks
-    try:
-        folder, tables = data_dir(data), source_tables(data)
-    except FileNotFoundError as error:
-        return [*lacks, str(error)]
-    origin = {"mimic": "MIMIC-CXR-JPG 2.1.0, physionet.org/content/mimic-cxr-jpg", "folder": "your table of studies"}
-    if data.source == "openi":
-        tables = [] if tables[0].is_file() else [folder]
-    elif data.source == "mimic":
-        tables = [*(table for table in tables if "chat_dev" not in table.name), folder / "files"]
-    return lacks + [f"{path} ({origin.get(data.source, 'films of Open-i')})" for path in tables if not path.exists()]
+    if table.empty:
+        raise ValueError(f"{path}: there is no study in it")
+    alone = "patient" not in table
+    table, said = _folder_texts(table.assign(film=film_paths(table["film"], path)), path)
+    table, drawn = _folder_splits(_folder_names(fill_findings(table)), path, seed)
+    said |= {**drawn, "studies that count as a patient each": len(table) if alone else 0,
+             "texts that stand in for findings": int(table["section"].isin(["text", "impression"]).sum())}
+    empty = [[] for _ in table["film"]]
+    table = table.assign(source="folder", credentialed=credentialed, mesh=empty, labels=empty)
+    return validate_studies(table[list(COLUMNS)], str(path)), {what: number for what, number in said.items() if number}
 
 # %% ../nbs/00g_sources.ipynb #f145f15a
 def read_source(
@@ -489,15 +583,16 @@ def read_source(
     """Read the studies of a source of real films, as many as the profile asks for.
 
     Raises FileNotFoundError listing absent files, ValueError naming file, row and column."""
-    if lacks := missing_data(data):
-        raise FileNotFoundError(f"data.source {data.source} cannot be read; missing: " + "; ".join(lacks))
-    folder = data_dir(data)
+    if absent := absent_data(data):
+        lacks = "; ".join(f"{key} = {path or '(not set)'} ({how})" for key, path, how in absent)
+        raise FileNotFoundError(f"data.source {data.source} cannot be read; missing: {lacks}")
+    folder, (first, *_) = data_dir(data), source_tables(data)
     if data.source == "mimic" and data.test_set == "official":
         return mimic_studies(folder, data.train, data.val, data.seed, data.films)
     if data.source == "mimic":
-        studies, said = llava_rad_studies(folder, data.annotations or folder, data.test_set, data.films)
+        studies, said = llava_rad_studies(folder, first.parent, data.test_set, data.films)
     elif data.source == "openi":
         studies, said = openi_films(folder)
     else:
-        studies, said = folder_studies(folder / data.table, data.credentialed, data.seed)
+        studies, said = folder_studies(first, data.credentialed, data.seed)
     return choose_studies(studies, data.train, data.val, data.seed), said

@@ -260,6 +260,23 @@ def test_windows_and_tables_agree_with_pydicom(tmp_path: Path, name: str, photom
     assert np.abs(read_film(tmp_path / "film") - theirs).max() < 1e-6
 
 
+def test_tables_of_signed_values(tmp_path: Path):
+    """The first input value is negative; some write it without its sign."""
+    stored, table, deep = RAW.astype(np.int16) - 1000, np.arange(4096) * 16, dict(BitsStored=16, HighBit=15)
+    unsigned = lut(0, 16, table)
+    plain = read_film(save(tmp_path / "film", RAW, VOILUTSequence=[unsigned]))
+    signed = lut(0, 16, table)
+    signed.add_new("LUTDescriptor", "SS", [4096, -1000, 16])
+    assert np.array_equal(read_film(save(tmp_path / "signed", stored, VOILUTSequence=[signed], **deep)), plain)
+    unsigned.LUTDescriptor = [4096, 2**16 - 1000, 16]
+    assert np.array_equal(read_film(save(tmp_path / "unsigned", stored, VOILUTSequence=[unsigned], **deep)), plain)
+
+
+def test_intent_and_shape_of_pixels_may_be_stated(tmp_path: Path, plain: np.ndarray):
+    path = save(tmp_path / "film", RAW, PresentationIntentType="FOR PRESENTATION", PixelAspectRatio=[1, 1])
+    assert np.array_equal(read_film(path), plain)
+
+
 def test_an_eight_bit_table_does_not_wrap_around(tmp_path: Path):
     table = np.linspace(0, 255, 4096).round()
     path = save(tmp_path / "film", RAW, VOILUTSequence=[lut(0, 8, table)])
@@ -316,8 +333,21 @@ def test_padding_neither_shows_nor_counts(tmp_path: Path, value: int, photometri
 def test_padding_may_be_a_range_of_signed_values(tmp_path: Path):
     stored = RAW.astype(np.int16) - 1000
     stored[:40] = np.random.default_rng(0).integers(-2000, -1500, (40, 96))
-    film = read_film(save(tmp_path / "film", stored, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1500))
+    deep = dict(BitsStored=16, HighBit=15)
+    film = read_film(save(tmp_path / "film", stored, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-1500, **deep))
     assert not film[:40].any() and film[40:].min() == 0 and film[40:].max() == 1 and np.median(film[40:]) > 0.1
+
+
+def test_an_overlay_above_the_stored_bits_is_cut_away(tmp_path: Path, plain: np.ndarray):
+    marked = RAW.copy()
+    marked[2:7, 2:10] |= 2**15  # 40 of 10,752 pixels
+    assert np.array_equal(read_film(save(tmp_path / "film", marked)), plain)
+
+
+def test_colour_spaces_of_grey_films(tmp_path: Path):
+    grey = np.full_like(EIGHT, 128)
+    path = save(tmp_path / "film", np.dstack([EIGHT, grey, grey]), photometric="YBR_FULL")
+    assert np.abs(read_film(path) - EIGHT / 255).max() < 1e-6
 
 
 def test_a_lead_letter_does_not_set_the_white(tmp_path: Path, plain: np.ndarray):
@@ -383,6 +413,21 @@ def test_transparency_is_black(tmp_path: Path):
     assert not film[:30].any() and np.array_equal(film[30:], np.float32(EIGHT[30:]) / 255)
 
 
+def test_the_orientation_may_come_last(tmp_path: Path):
+    """PNG allows it behind the pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(EIGHT))).save(tmp_path / "film.png", exif=exif)
+    whole, chunks, at = (tmp_path / "film.png").read_bytes(), [], 8
+    while at < len(whole):
+        chunks.append(whole[at : at + 12 + struct.unpack(">I", whole[at : at + 4])[0]])
+        at += len(chunks[-1])
+    last = sorted(chunks[:-1], key=lambda chunk: chunk[4:8] == b"eXIf")
+    assert last != chunks[:-1]
+    (tmp_path / "film.png").write_bytes(b"".join([whole[:8], *last, chunks[-1]]))
+    assert np.array_equal(read_film(tmp_path / "film.png"), np.float32(EIGHT) / 255)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "tiff"])
 def test_the_orientation_is_applied(tmp_path: Path, ending: str, orientation: int):
@@ -418,17 +463,73 @@ def test_annotations_may_be_coloured_but_not_the_film(tmp_path: Path, share: flo
 # ---- what is refused
 
 
+def png_bytes(
+    height: int,
+    width: int,
+    bits: int,  # for each value
+    kind: int,  # 0 grey, 2 RGB, 4 grey with alpha, 6 RGB with alpha
+    content: bytes,  # lines of pixels
+) -> bytes:
+    """A PNG of a kind that Pillow does not write."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
 def png_header(
     height: int,  # promised
     width: int,
 ) -> bytes:
     """A PNG that promises much and holds nothing."""
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return png_bytes(height, width, 8, 0, bytes(1000))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    body = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+def deep_png(
+    path: Path,  # where
+    kind: int,  # as in `png_bytes`
+) -> None:
+    """Write a PNG of 16 bits; a fourth or second channel is opaque."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[kind]
+    pixels = np.repeat(RAW[..., None] * 16, channels, 2).astype(">u2")
+    if kind >= 4:
+        pixels[..., -1] = 65535
+    path.write_bytes(png_bytes(*RAW.shape, 16, kind, b"".join(b"\0" + line.tobytes() for line in pixels)))
+
+
+def deep_tiff(
+    path: Path,  # where
+) -> None:
+    """Write an uncompressed TIFF of 16 bits in three channels."""
+    tags = [(256, RAW.shape[1]), (257, RAW.shape[0]), (258, 8), (259, 1), (262, 2), (273, 14), (277, 3),
+            (278, RAW.shape[0]), (279, RAW.size * 6)]
+    start = 14 + RAW.size * 6
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    entries[2] = struct.pack("<HHII", 258, 3, 3, 8)
+    pixels = np.repeat(RAW[..., None] * 16, 3, 2).astype("<u2").tobytes()
+    body = b"".join([struct.pack("<HHH", 16, 16, 16), pixels, struct.pack("<H", len(tags)), *entries, bytes(4)])
+    path.write_bytes(b"II*\0" + struct.pack("<I", start) + body)
+
+
+def misstated(
+    path: Path,  # where
+    **values: str,  # numbers that pydicom would not write: a tag and its text
+) -> None:
+    """Write a DICOM film and put other texts into its header."""
+    save(path, RAW, **dict.fromkeys(values, "1.2345678"))
+    whole = path.read_bytes()
+    for value in values.values():
+        whole = whole.replace(b"1.2345678 ", value.ljust(10).encode(), 1)
+    path.write_bytes(whole)
+
+
+def half_transparent(
+    path: Path,  # where
+) -> None:
+    """Write a film with an alpha of one half."""
+    Image.merge("LA", [Image.fromarray(EIGHT), Image.fromarray(EIGHT * 0 + 128)]).save(path)
 
 
 def image(path: Path, pixels: np.ndarray, **options: object) -> None:
@@ -456,6 +557,11 @@ BAD = {  # file: how it is made, what is said
     "even16.png": (lambda p: image(p, RAW * 0 + 900), "single grey"),
     "photo.jpg": (lambda p: image(p, PHOTO.repeat(8, 0).repeat(8, 1)), "colour picture"),
     "photo.png": (lambda p: image(p, PHOTO), "colour picture"),
+    "deep_rgb.png": (lambda p: deep_png(p, 2), "has 16 bits in several channels"),
+    "deep_la.png": (lambda p: deep_png(p, 4), "has 16 bits in several channels"),
+    "deep_rgba.png": (lambda p: deep_png(p, 6), "has 16 bits in several channels"),
+    "deep_rgb.tiff": (deep_tiff, "has 16 bits in several channels"),
+    "ghost.png": (half_transparent, "is half transparent (100% of its pixels)"),
     "nan.tiff": (lambda p: image(p, np.where(EIGHT > 200, np.nan, PHANTOM).astype(np.float32)), "NaN"),
     "pages.tiff": (lambda p: image(p, EIGHT, save_all=True, append_images=[Image.fromarray(EIGHT)]), "2 pictures"),
     "lateral_ll.dcm": (lambda p: save(p, RAW, ViewPosition="LL"), "lateral view"),
@@ -471,7 +577,23 @@ BAD = {  # file: how it is made, what is said
     "no_pixels.dcm": (lambda p: save(p, RAW, PixelData=None), "no pixel data"),
     "few_pixels.dcm": (lambda p: save(p, RAW, PixelData=RAW.tobytes()[:8000]), "cannot be decoded"),
     "blank.dcm": (lambda p: save(p, RAW * 0 + 7), "single grey"),
-    "blind.dcm": (lambda p: save(p, RAW, WindowCenter=9000, WindowWidth=10), "single grey"),
+    "blind.dcm": (lambda p: save(p, RAW, WindowCenter=9000, WindowWidth=10), "(centre 9000, width 10) that does not"),
+    "pale.dcm": (
+        lambda p: save(p, EIGHT, WindowCenter=2048, WindowWidth=4096), "(centre 2048, width 4096) that does not fit"),
+    "raw.dcm": (lambda p: save(p, RAW, PresentationIntentType="FOR PROCESSING"), "raw detector data"),
+    "oblong.dcm": (lambda p: save(p, RAW, PixelAspectRatio=[1, 2]), "not square (1:2)"),
+    "almost_blind.dcm": (lambda p: save(p, RAW, WindowCenter=4200, WindowWidth=1502), "does not fit its values"),
+    "dots.png": (lambda p: image(p, np.uint8(255 * (np.indices((96, 96)) % 48 == 0).all(0))), "all but 1%"),
+    "nan_slope.dcm": (lambda p: misstated(p, RescaleSlope="nan"), "has rescale slope nan"),
+    "inf_slope.dcm": (lambda p: misstated(p, RescaleSlope="inf"), "has rescale slope inf"),
+    "no_slope.dcm": (lambda p: save(p, RAW, RescaleSlope=0), "has rescale slope 0"),
+    "nan_intercept.dcm": (lambda p: misstated(p, RescaleIntercept="nan"), ", intercept nan"),
+    "inf_intercept.dcm": (lambda p: misstated(p, RescaleIntercept="-inf"), ", intercept -inf"),
+    "high_bit.dcm": (lambda p: save(p, RAW * 16, HighBit=15), "has HighBit 15 with 12 bits stored"),
+    "many_bits.dcm": (lambda p: save(p, RAW * 16), "more than the 12 bits that are stored"),
+    "three_greys.dcm": (
+        lambda p: save(p, np.dstack([255 - EIGHT] * 3), photometric="MONOCHROME1"), "MONOCHROME1 with pixels of shape"),
+    "one_colour.dcm": (lambda p: save(p, EIGHT, photometric="RGB"), "RGB with pixels of shape"),
     "padding.dcm": (lambda p: save(p, RAW * 0, PixelPaddingValue=0), "padding throughout"),
     "unknown_window.dcm": (lambda p: save(p, RAW, WindowCenter=1, WindowWidth=9, VOILUTFunction="CUBIC"), "CUBIC"),
     "movie.dcm": (lambda p: encapsulated(p, b"\0\0", RAW, MPEG2MPML, "MONOCHROME2"), "still picture"),
@@ -489,6 +611,15 @@ def test_bad_films_are_refused_in_one_line(tmp_path: Path, name: str):
     reason = refusal(tmp_path / name)
     assert said in reason, reason
     assert len(reason) < 400
+
+
+def test_depth_of_channels_is_told(tmp_path: Path, plain: np.ndarray):
+    """What is refused above differs from a good film in its channels alone."""
+    deep_png(tmp_path / "grey.png", 0)
+    deep_png(tmp_path / "rgb.png", 2)
+    deep_tiff(tmp_path / "rgb.tiff")
+    assert np.abs(read_film(tmp_path / "grey.png") - plain).max() < 1e-6
+    assert [film_header(tmp_path / name).bits for name in ("grey.png", "rgb.png", "rgb.tiff")] == [16, 16, 16]
 
 
 def test_what_the_system_refuses_is_said(tmp_path: Path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import yaml
 
-from llava_ta.decompose import RuleDecomposer
 from llava_ta.grammar import WORDED, Statement, report_sentences, sample_study, write_report
 from llava_ta.phantom import EXCLUDES, KINDS, RECORDS, Finding, findings_from_mesh
+from llava_ta.rules import RuleDecomposer
 from llava_ta.sources import openi_reports
 from repository import LIB
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from llava_ta import reproduce
 from llava_ta.core import LLAVA_RAD_LISTS, Run, Settings, load_profile, outside_inputs, path_digest, preflight
 from llava_ta.data import FilmStore, make_data
 from llava_ta.sources import (
@@ -122,7 +123,7 @@ def test_mimic_names_what_is_wrong(tmp_path: Path):
     lists = tree / "mimic-cxr-2.0.0-split.csv.gz"
     table = pd.read_csv(lists, dtype=str)
     for broken, expected in {
-        f"row 8, column dicom_id: {FILMS[0][0]} occurs twice": pd.concat([table, table[:1]]),
+        f"row 8, column dicom_id: '{FILMS[0][0]}' occurs twice": pd.concat([table, table[:1]]),
         "column split is missing": table.drop(columns="split"),
         f"column split: film {FILMS[0][0]} has no split": table[1:],
     }.items():
@@ -175,6 +176,18 @@ def test_both_test_sets_of_llava_rad(tmp_path: Path, test_set: str, val: str, fi
     assert len(llava_rad_studies(tree, lists, test_set, films="one")[0]) == 4
 
 
+def test_a_film_in_two_lists_of_llava_rad(tmp_path: Path):
+    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    path = lists / LLAVA_RAD_LISTS["test"]
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps([*entries, annotation(0, "rule-based", "An effusion.")]))
+    with pytest.raises(ValueError) as refused:
+        llava_rad_studies(tree, lists)
+    name = f"files/p19/p19000001/s59000001/{FILMS[0][0]}.jpg"
+    assert str(refused.value).startswith(f"{path}: entry 3: film {name} has split val")
+    assert str(refused.value).endswith(f"but train in {lists / LLAVA_RAD_LISTS['train']}: entry 1")
+
+
 def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
     for name, test_set in {"paper": "gpt4", "llava-rad": "rule-based"}.items():
         data = load_profile(name).data
@@ -186,6 +199,27 @@ def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="chat_train"):
         read_source(profile.data)
     assert len(read_source(load_profile("paper", f"data.dir={tree}, data.annotations={lists}").data)[0]) == 5
+
+
+@pytest.mark.parametrize("profile", ["paper", "openi"])
+@pytest.mark.parametrize("place", ["", "nowhere", "empty"])
+def test_preflight_and_the_step_lack_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str, place: str
+):
+    for source in ("OPENI", "MIMIC", "FOLDER"):
+        monkeypatch.delenv(f"LLAVA_TA_{source}_DIR", raising=False)
+    (tmp_path / "empty").mkdir()
+    for more in ("", "data.source=folder", "data.source=mimic, data.test_set=official, data.credentialed=true"):
+        overrides = f"data.dir={tmp_path / place}" if place else "data.dir=''"
+        loaded = load_profile(profile, f"{overrides}, {more}" if more else overrides)
+        listed = [(key, path) for key, path, _ in preflight(loaded).absent if key.startswith("data.")]
+        if (profile, place, more) == ("openi", "empty", ""):
+            assert not listed
+            continue
+        with pytest.raises(FileNotFoundError) as refused:
+            read_source(loaded.data)
+        assert listed and str(refused.value).count(" = ") == len(listed)
+        assert all(f"{key} = {path or '(not set)'} (" in str(refused.value) for key, path in listed)
 
 
 # ---- Open-i
@@ -276,8 +310,17 @@ def test_a_thousand_films_with_thirty_bad_ones(tmp_path: Path):
 
 def test_too_many_bad_films_stop_the_step(tmp_path: Path):
     folder = own_folder(tmp_path / "own", 100, broken=8)
-    with pytest.raises(ValueError, match=r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"):
+    said = r"6 of 100 films \(after \d+\) cannot be used: .*max_refused=0.05 allows"
+    with pytest.raises(ValueError, match=said) as told:
         made(folder, tmp_path / "out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "out" / "refused.parquet")
+    assert str(told.value).endswith(f"all are in {tmp_path / 'out' / 'refused.parquet'}") and len(listed) == 6
+    assert ", ".join(listed["film"]) in str(told.value) and len(str(told.value).splitlines()) == 1
+    many = own_folder(tmp_path / "many", 300, broken=40)
+    with pytest.raises(ValueError, match="16 of 300 films") as told:
+        made(many, tmp_path / "many_out", "data.source=folder")
+    listed = pd.read_parquet(tmp_path / "many_out" / "refused.parquet")
+    assert [name in str(told.value) for name in listed["film"]] == [True] * 10 + [False] * 6
     assert len(made(folder, tmp_path / "more", "data.source=folder, data.max_refused=0.1")[1]) == 92
 
 
@@ -308,6 +351,39 @@ def test_films_without_reports_and_texts_that_stay(tmp_path: Path):
     assert not is_credentialed(table)
     with pytest.raises(ValueError, match="data.credentialed: the texts of MIMIC-CXR are always"):
         load_profile("paper", "data.credentialed=false")
+
+
+def test_a_patient_may_have_films_without_a_report(tmp_path: Path):
+    folder = own_folder(tmp_path / "own", 20)
+    lines = (folder / "studies.csv").read_text().splitlines()
+    lines[2::2] = [line.replace("Clear lungs.", "N/A") for line in lines[2::2]]  # the second film of each patient
+    (folder / "studies.csv").write_text("\n".join(lines))
+    record, table, _, news = made(folder, tmp_path / "out", "data.source=folder")
+    assert record["new"] == 10 and record["train"] + record["valid"] + record["val"] == 10 and record["valid"] == 1
+    assert set(table.loc[table["split"] == "new", "study"].str[-1]) == set("13579")
+    assert "10 films without a report" in news[0] and "10 cells that say NaN, None or the like" in news[0]
+
+
+def test_no_message_prints_a_report(tmp_path: Path):
+    folder = own_folder(tmp_path / "own", 4)
+    secret = "Jane Nobody has a large heart"
+    for content in (f"a.png,7,{secret}\nb.png,8,Clear.", f"film,report\na.png,{secret}\n", f"film;a\n{secret};;\n"):
+        (folder / "studies.csv").write_text(content)
+        with pytest.raises(ValueError) as refused:
+            folder_studies(folder / "studies.csv")
+        assert str(refused.value).startswith(str(folder / "studies.csv")) and "Jane" not in str(refused.value)
+
+
+@pytest.mark.parametrize("credentialed, terms", [
+    ("true", "This page holds credentialed reports: it must not leave this machine."),
+    ("false", "This page is under the licence of your table (not stated); share it on those terms alone.")])
+def test_the_page_of_ones_own_films_says_what_may_be_done_with_it(tmp_path: Path, credentialed: str, terms: str):
+    wanted = f"data.source=folder, data.credentialed={credentialed}"
+    made(own_folder(tmp_path / "own", 4), tmp_path / "data", wanted)
+    run = Run(Settings(profile=load_profile("openi", wanted), run="test"))
+    run.path = lambda step: tmp_path / step
+    head = reproduce._head(run, {"studies": 1})
+    assert terms in head and "real films of your own folder with their reports" in head
 
 
 def test_an_edited_table_makes_the_artefact_stale(tmp_path: Path):
