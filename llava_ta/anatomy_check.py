@@ -79,10 +79,10 @@ def reasons(
     row: int,  # of the film
     film: np.ndarray,  # float32 [H, W] in [0, 1]
     most: int = 4,  # how many
-) -> str:  # e.g. "lungs in ribs 2.1, heart area 0.4"; "nothing unusual"
+) -> str:  # e.g. "lungs in ribs 0.61, heart area 0.12"; "nothing unusual"
     "Say what is unusual about a film's masks, the worst first."
     found = list(implausibilities(store[row], store.convention, film).items())[:most]
-    return ", ".join(f"{name} {value:.1f}" for name, value in found) or "nothing unusual"
+    return ", ".join(f"{name} {value:.2f}" for name, value in found) or "nothing unusual"
 
 # %% ../nbs/03b_anatomy_check.ipynb #875f2f94
 class AnatomyCheck:
@@ -147,7 +147,7 @@ def _show(self: AnatomyCheck) -> None:
     about = self.table.set_index("row").loc[row]
     self.mark.value = row in self.marked
     self.said.value = (f"<b>{about['study']}</b> (film {row}, {self.place.value} of {len(rows)}): {about['film']}, "
-                       f"score {about['score']:.1f}; {reasons(self.store, row, self.films[row])}")
+                       f"score {about['score']:.2f}; {reasons(self.store, row, self.films[row])}")
     shown = [box.description for box in self.regions if box.value]
     figure = anatomy_figure(self.films[row], self.store[row], self._status[row], shown=shown)
     drawn = {"application/vnd.plotly.v1+json": json.loads(figure.to_json())}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ISLAND', 'PLAUSIBLE', 'LIMITS', 'DOUBTFUL', 'SEEN_ON_EVERY_FILM', 'NOT_DRAWN', 'MIRRORED', 'CHANGES',
-           'remove_islands', 'Plausible', 'judge', 'measure', 'Limit', 'fit_limits', 'implausibilities',
+           'remove_islands', 'Plausible', 'judge', 'measure', 'spoil', 'Limit', 'fit_limits', 'implausibilities',
            'shows_nothing', 'nothing_found', 'finish', 'explain']
 
 # %% ../nbs/02c_plausibility.ipynb #a5031497
@@ -146,6 +146,19 @@ def measure(
             np.nan if film is None else _contrast(film, middle & ~lungs, lungs & ~middle),
     }
 
+# %% ../nbs/02c_plausibility.ipynb #d2c00001
+def spoil(
+    film: np.ndarray,  # float32 [H, W] in [0, 1]
+) -> dict[str, np.ndarray]:  # what happened to it -> float32 [h, w] in [0, 1]
+    "Handle a film badly in every way that happens: inverted, turned, upside down, or cut."
+    half, middle = film.shape[0] // 2, film.shape[1] // 2
+    changed = {
+        "inverted": 1 - film, "turned left": np.rot90(film), "turned right": np.rot90(film, 3),
+        "turned by half": np.rot90(film, 2), "upside down": film[::-1], "upper quarter": film[:half, :middle],
+        "lower half": film[half:],
+    }
+    return {name: np.ascontiguousarray(one) for name, one in changed.items()}
+
 # %% ../nbs/02c_plausibility.ipynb #488a4b71
 class Limit(NamedTuple):
     "The usual range of one measure, and what lies beyond it weighs."
@@ -164,6 +177,7 @@ def fit_limits(
     good: pd.DataFrame,  # of `measure`, a row for each film that is as it should be
     odd: pd.DataFrame,  # the same for films that are not
     penalty: float = 0.002,  # of a weight; more leaves more measures out
+    alarms: float = 0.015,  # share of good films that may score above 1
 ) -> dict[str, Limit]:  # of the measures that help
     "Find the usual range and the weight of each measure; both kinds of film count alike, however many there are."
     low, high, scale = good.quantile(0.05), good.quantile(0.95), good.std()
@@ -180,25 +194,27 @@ def fit_limits(
 
     bounds = [(None, None)] + [(0, None)] * beyond.shape[1]
     found = minimize(loss, np.r_[-1, np.full(beyond.shape[1], 0.2)], jac=True, method="L-BFGS-B", bounds=bounds)
+    weights = np.where(found.x[1:] > 0.01, found.x[1:], 0)
+    weights /= max(np.quantile(beyond[: len(good)] @ weights, 1 - alarms), 1e-3)
     return {name: Limit(*(round(float(value), 3) for value in (low[name], high[name], scale[name], weight)))
-            for name, weight in zip(good.columns, found.x[1:], strict=True) if weight > 0.01}
+            for name, weight in zip(good.columns, weights, strict=True) if weight}
 
 # %% ../nbs/02c_plausibility.ipynb #8e9e3d6d
 LIMITS: dict[str, dict[str, Limit]] = {"annotator": {
-    "lungs y": Limit(0.373, 0.58, 0.063, 3.048),
-    "heart area": Limit(0.044, 0.092, 0.015, 0.441),
-    "lungs area": Limit(0.19, 0.391, 0.061, 1.355),
-    "lungs height": Limit(0.438, 0.703, 0.08, 0.529),
-    "mediastinum per lungs": Limit(0.256, 0.411, 0.049, 0.555),
-    "heart below mediastinum": Limit(0.028, 0.081, 0.02, 0.499),
-    "mediastinum right of spine": Limit(0.012, 0.055, 0.014, 0.863),
-    "spine in mediastinum": Limit(0.244, 0.386, 0.047, 0.923),
-    "lungs in ribs": Limit(0.534, 0.658, 0.038, 1.703),
-    "lungs wider below": Limit(0.078, 0.203, 0.044, 1.332),
-    "mediastinum wider below": Limit(0.218, 0.418, 0.067, 0.103),
-    "mediastinum brighter than lungs": Limit(0.164, 0.493, 0.099, 0.654),
+    "lungs y": Limit(0.373, 0.58, 0.063, 0.615),
+    "heart area": Limit(0.044, 0.092, 0.015, 0.089),
+    "lungs area": Limit(0.19, 0.391, 0.061, 0.273),
+    "lungs height": Limit(0.438, 0.703, 0.08, 0.107),
+    "mediastinum per lungs": Limit(0.256, 0.411, 0.049, 0.112),
+    "heart below mediastinum": Limit(0.028, 0.081, 0.02, 0.101),
+    "mediastinum right of spine": Limit(0.012, 0.055, 0.014, 0.174),
+    "spine in mediastinum": Limit(0.244, 0.386, 0.047, 0.186),
+    "lungs in ribs": Limit(0.534, 0.658, 0.038, 0.343),
+    "lungs wider below": Limit(0.078, 0.203, 0.044, 0.269),
+    "mediastinum wider below": Limit(0.218, 0.418, 0.067, 0.021),
+    "mediastinum brighter than lungs": Limit(0.164, 0.493, 0.099, 0.132),
 }}
-DOUBTFUL = 5.14  # score above which masks are no anatomy of a frontal film
+DOUBTFUL = 1.0  # score above which masks are no anatomy of a frontal film
 SEEN_ON_EVERY_FILM: tuple[str, ...] = ("vertebrae", "ribs", "mediastinum", "heart", "lungs")
 NOT_DRAWN: dict[str, tuple[str, ...]] = {"chestx-det": ("ribs", "abdomen")}  # regions that a convention does not know
 MIRRORED = -0.03  # heart right of spine: below this it lies on the wrong side, in shares of the film

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGION_COLOURS', 'OFFLINE_WEIGHTS', 'SEGMENTERS', 'overlay', 'TruthSegmenter', 'UnetConfig', 'Unet', 'normalise',
            'save_unet', 'load_unet', 'OfflineSegmenter', 'get_segmenter', 'write_shard', 'launched', 'store_masks',
-           'make_segment', 'segment_together']
+           'make_segment', 'segment_together', 'limits_for']
 
 # %% ../nbs/03_segment.ipynb #7d2b62f9
 import json
@@ -30,7 +30,7 @@ from .core import Run, best_device, progress, ref
 from .data import FilmStore
 from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, check_films, merge_masks, resize_masks
 from .ontology import REGIONS
-from .plausibility import explain, finish, nothing_found, shows_nothing
+from .plausibility import Limit, explain, finish, fit_limits, measure, nothing_found, shows_nothing, spoil
 from .published import ChestxDetSegmenter, CxasSegmenter
 
 # %% ../nbs/03_segment.ipynb #5b43a792
@@ -347,3 +347,17 @@ def segment_together(
     folder = run.make("segment") if rank == 0 else run.folder(ref("segment"))
     wait()
     return folder
+
+# %% ../nbs/03_segment.ipynb #c3c00002
+def limits_for(
+    segmenter: Segmenter,  # any
+    films: Sequence[np.ndarray],  # float32 [H, W] in [0, 1]: upright frontal films, some hundred of them
+    odd: Sequence[np.ndarray] = (),  # more that must not pass: photographs, lateral films
+) -> dict[str, Limit]:  # for `LIMITS`
+    "Fit the limits of plausibility to how a segmenter draws: on films, and on the same films spoiled."
+    def measured(batch: Sequence[np.ndarray]) -> pd.DataFrame:
+        rows = [measure(masks.masks, film) for film in batch for masks in segmenter.segment([film])]
+        return pd.DataFrame(rows).drop(columns="heart right of spine")  # side is no question of being odd
+    good = measured(films)
+    bad = measured([*(one for film in films for one in spoil(film).values()), *odd])
+    return fit_limits(good, bad)
