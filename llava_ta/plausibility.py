@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ISLAND', 'PLAUSIBLE', 'LIMITS', 'DOUBTFUL', 'SEEN_ON_EVERY_FILM', 'NOT_DRAWN', 'MIRRORED', 'CHANGES',
-           'remove_islands', 'Plausible', 'judge', 'measure', 'spoil', 'Limit', 'fit_limits', 'implausibilities',
-           'shows_nothing', 'nothing_found', 'finish', 'explain']
+           'remove_islands', 'Plausible', 'judge', 'measure', 'spoil', 'close_up', 'Limit', 'fit_limits',
+           'implausibilities', 'shows_nothing', 'nothing_found', 'finish', 'explain']
 
 # %% ../nbs/02c_plausibility.ipynb #a5031497
 from collections.abc import Callable, Sequence
@@ -159,6 +159,19 @@ def spoil(
     }
     return {name: np.ascontiguousarray(one) for name, one in changed.items()}
 
+# %% ../nbs/02c_plausibility.ipynb #d2c00005
+def close_up(
+    film: np.ndarray,  # float32 [H, W] in [0, 1]
+    masks: np.ndarray,  # bool [7, h, w]
+    margin: float = 0.03,  # left around the lungs, in shares of the film
+) -> np.ndarray:  # float32 [h, w]; the film itself where no lungs were found
+    "Cut a film close to its lungs."
+    box = []
+    for length, used in zip(film.shape, (masks[REGIONS.index("lungs")].any(axis=axis) for axis in (1, 0)), strict=True):
+        ends = np.flatnonzero(used) / len(used) if used.any() else np.array([0.0, 1.0])
+        box.append(slice(int(max(0.0, ends[0] - margin) * length), int(np.ceil(min(1.0, ends[-1] + margin) * length))))
+    return np.ascontiguousarray(film[tuple(box)])
+
 # %% ../nbs/02c_plausibility.ipynb #488a4b71
 class Limit(NamedTuple):
     "The usual range of one measure, and what lies beyond it weighs."
@@ -201,18 +214,18 @@ def fit_limits(
 
 # %% ../nbs/02c_plausibility.ipynb #8e9e3d6d
 LIMITS: dict[str, dict[str, Limit]] = {"annotator": {
-    "lungs y": Limit(0.373, 0.58, 0.063, 0.615),
-    "heart area": Limit(0.044, 0.092, 0.015, 0.089),
-    "lungs area": Limit(0.19, 0.391, 0.061, 0.273),
-    "lungs height": Limit(0.438, 0.703, 0.08, 0.107),
-    "mediastinum per lungs": Limit(0.256, 0.411, 0.049, 0.112),
-    "heart below mediastinum": Limit(0.028, 0.081, 0.02, 0.101),
-    "mediastinum right of spine": Limit(0.012, 0.055, 0.014, 0.174),
-    "spine in mediastinum": Limit(0.244, 0.386, 0.047, 0.186),
-    "lungs in ribs": Limit(0.534, 0.658, 0.038, 0.343),
-    "lungs wider below": Limit(0.078, 0.203, 0.044, 0.269),
-    "mediastinum wider below": Limit(0.218, 0.418, 0.067, 0.021),
-    "mediastinum brighter than lungs": Limit(0.164, 0.493, 0.099, 0.132),
+    "mediastinum y": Limit(0.473, 0.68, 0.061, 0.043),
+    "lungs y": Limit(0.377, 0.567, 0.055, 0.529),
+    "lungs height": Limit(0.453, 0.782, 0.107, 0.08),
+    "heart per lungs": Limit(0.175, 0.317, 0.045, 0.116),
+    "mediastinum per lungs": Limit(0.258, 0.413, 0.049, 0.134),
+    "heart below mediastinum": Limit(0.029, 0.093, 0.022, 0.114),
+    "mediastinum right of spine": Limit(0.012, 0.068, 0.017, 0.143),
+    "spine in mediastinum": Limit(0.248, 0.383, 0.045, 0.175),
+    "lungs in ribs": Limit(0.536, 0.652, 0.036, 0.376),
+    "lungs wider below": Limit(0.086, 0.242, 0.058, 0.3),
+    "mediastinum wider below": Limit(0.219, 0.418, 0.069, 0.04),
+    "mediastinum brighter than lungs": Limit(0.175, 0.545, 0.111, 0.204),
 }}
 DOUBTFUL = 1.0  # score above which masks are no anatomy of a frontal film
 SEEN_ON_EVERY_FILM: tuple[str, ...] = ("vertebrae", "ribs", "mediastinum", "heart", "lungs")

@@ -12,9 +12,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from .core import Run, best_device, progress, ref
 from .data import FilmStore
 from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, check_films, merge_masks, resize_masks
 from .ontology import REGIONS
-from .plausibility import Limit, explain, finish, fit_limits, measure, nothing_found, shows_nothing, spoil
+from .plausibility import Limit, close_up, explain, finish, fit_limits, measure, nothing_found, shows_nothing, spoil
 from .published import ChestxDetSegmenter, CxasSegmenter
 
 # %% ../nbs/03_segment.ipynb #5b43a792
@@ -355,9 +356,9 @@ def limits_for(
     odd: Sequence[np.ndarray] = (),  # more that must not pass: photographs, lateral films
 ) -> dict[str, Limit]:  # for `LIMITS`
     "Fit the limits of plausibility to how a segmenter draws: on films, and on the same films spoiled."
-    def measured(batch: Sequence[np.ndarray]) -> pd.DataFrame:
+    def measured(batch: Iterable[np.ndarray]) -> pd.DataFrame:
         rows = [measure(masks.masks, film) for film in batch for masks in segmenter.segment([film])]
         return pd.DataFrame(rows).drop(columns="heart right of spine")  # side is no question of being odd
-    good = measured(films)
-    bad = measured([*(one for film in films for one in spoil(film).values()), *odd])
-    return fit_limits(good, bad)
+    near = (close_up(film, masks.masks) for film in films[::2] for masks in segmenter.segment([film]))
+    bad = (one for film in films for one in spoil(film).values())
+    return fit_limits(measured(chain(films, near)), measured(chain(bad, odd)))
