@@ -100,7 +100,7 @@ def _batched(spans: Sequence[tuple[int, int]]) -> tuple[slice | torch.Tensor, to
     return torch.minimum(places, stop - 1).flatten(), None if real.all() else real
 
 # %% ../nbs/04a_tree_attention.ipynb #2e581920
-LONG = 64  # a block of so many queries is a call of its own; a causal one, half as much work, of twice as many
+LONG = 16  # a block of so many queries is a call of its own; a causal one, half as much work, of twice as many
 
 def _blocks(tree: Tree) -> list[Block]:
     "Cut a tree into blocks, those of like size together."
