@@ -156,8 +156,8 @@ def _show(self: AnatomyCheck) -> None:
 
 def _mark(self: AnatomyCheck, wanted: bool) -> None:
     "Mark the present film, or no longer."
-    row = self.rows()[self.place.value - 1]
-    (self.marked.add if wanted else self.marked.discard)(row)
+    if rows := self.rows():
+        (self.marked.add if wanted else self.marked.discard)(rows[self.place.value - 1])
 
 
 AnatomyCheck.rows, AnatomyCheck.turn, AnatomyCheck.show, AnatomyCheck._marked = _rows, _turn, _show, _mark

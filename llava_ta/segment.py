@@ -31,7 +31,8 @@ from .core import Run, best_device, progress, ref
 from .data import FilmStore
 from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, check_films, merge_masks, resize_masks
 from .ontology import REGIONS
-from .plausibility import Limit, close_up, explain, finish, fit_limits, measure, nothing_found, shows_nothing, spoil
+from .plausibility import Limit, close_up, explain, finish, fit_limits, measure
+from .plausibility import nothing_found, shows_nothing, spoil
 from .published import ChestxDetSegmenter, CxasSegmenter
 
 # %% ../nbs/03_segment.ipynb #5b43a792
