@@ -40,6 +40,9 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tqdm import tqdm
 
+# %% ../nbs/00_core.ipynb #d04b8c6e
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 # %% ../nbs/00_core.ipynb #ea32ca86
 @contextmanager
 def atomic_path(

@@ -379,7 +379,7 @@ def test_no_message_prints_a_report(tmp_path: Path):
     ("false", "This page is under the licence of your table (not stated); share it on those terms alone.")])
 def test_the_page_of_ones_own_films_says_what_may_be_done_with_it(tmp_path: Path, credentialed: str, terms: str):
     wanted = f"data.source=folder, data.credentialed={credentialed}"
-    made(own_folder(tmp_path / "own", 4), tmp_path / "data", wanted)
+    made(own_folder(tmp_path / "own", 20), tmp_path / "data", wanted)
     run = Run(Settings(profile=load_profile("openi", wanted), run="test"))
     run.path = lambda step: tmp_path / step
     head = reproduce._head(run, {"studies": 1})
