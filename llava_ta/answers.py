@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .core import digest
 from .ontology import TOPICS
-from .rules import Clause, TopicSentence, load_lexicon, read_report, split_sentences
+from .rules import Clause, TopicSentence, any_of, load_lexicon, mend, read_report, split_sentences
 
 # %% ../nbs/01d_answers.ipynb #6bb9741b
 MEANINGS: dict[str, str] = {  # topic -> what a report may say of it
@@ -192,15 +192,9 @@ def content_words(
     return frozenset({stem(word) for word in re.findall(r"[a-z]+|\d+(?:\.\d+)?", text.lower()) if word not in _EMPTY})
 
 # %% ../nbs/01d_answers.ipynb #5e169a8d
-_MENDS = [(re.compile(rf"\b{rule.pattern}", re.I), rule.name) for rule in load_lexicon() if rule.kind == "mends"]
-
-
 def _words_of(sentence: str) -> frozenset[str]:
     "The words of a report's sentence, with those that the lexicon puts in place of a de-identification mark."
-    mended = sentence
-    for pattern, instead in _MENDS:
-        mended = pattern.sub(instead, mended)
-    return content_words(sentence) | content_words(mended)
+    return content_words(sentence) | content_words(mend(sentence))
 
 # %% ../nbs/01d_answers.ipynb #b5dbceb2
 @dataclass(frozen=True)
@@ -283,7 +277,7 @@ def find_support(
     return tuple(sorted(spans)), missing
 
 # %% ../nbs/01d_answers.ipynb #26bfc277
-_COMPARES = re.compile("|".join(rf"\b{rule.pattern}" for rule in load_lexicon() if rule.kind == "comparison"), re.I)
+_COMPARES = any_of("comparison")
 
 
 def _wording(entry: SaidOfTopic) -> Iterator[Problem]:

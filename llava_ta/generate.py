@@ -20,10 +20,11 @@ from .core import Run, best_device, progress, write_table
 from .features import FeatureStore, film_features, image_names
 from .films import fit_film, read_film
 from .mapping import union_mask
+from .masks import MaskStore, check_films
 from .model import LlavaTA
 from .ontology import ASKED, region_set
 from .packing import Pruner, Row, Sample, build_tree, collate, make_sample, write_row
-from .segment import MaskStore, check_films, get_segmenter
+from .segment import get_segmenter
 
 # %% ../nbs/06a_generate.ipynb #b7e034d8
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ISLAND', 'PLAUSIBLE', 'LIMITS', 'DOUBTFUL', 'SEEN_ON_EVERY_FILM', 'NOT_DRAWN', 'MIRRORED', 'CHANGES',
            'remove_islands', 'Plausible', 'judge', 'measure', 'spoil', 'close_up', 'Limit', 'fit_limits',
-           'implausibilities', 'shows_nothing', 'nothing_found', 'finish', 'explain']
+           'implausibilities', 'shows_nothing', 'nothing_found', 'finish', 'explain', 'NetworkSegmenter']
 
 # %% ../nbs/02c_plausibility.ipynb #a5031497
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from scipy import ndimage
 from scipy.optimize import minimize
 
 from .films import MIN_SIDE
-from .masks import RegionMasks
+from .masks import RegionMasks, check_films, resize_masks
 from .ontology import REGIONS
 
 # %% ../nbs/02c_plausibility.ipynb #95395f95
@@ -104,8 +104,7 @@ def _taper(lungs: np.ndarray, rows: np.ndarray) -> float:
 
 def _contrast(film: np.ndarray, core: np.ndarray, air: np.ndarray) -> float:
     "Mean grey of the mediastinum minus that of the lungs, in shares of the film's contrast."
-    rows, columns = (np.int64((np.arange(n) + 0.5) * m / n) for n, m in zip(core.shape, film.shape, strict=True))
-    grey = film[rows[:, None], columns]
+    grey = resize_masks(film, core.shape)
     low, high = np.percentile(grey, (1, 99))
     return float((grey[core].mean() - grey[air].mean()) / max(high - low, 1e-3)) if core.any() and air.any() else np.nan
 
@@ -239,7 +238,11 @@ def implausibilities(
     film: np.ndarray | None = None,  # float32 [h, w] in [0, 1]
 ) -> dict[str, float]:  # what is unusual, the worst first; its sum is the score
     "Say what is unusual about seven masks. A region that every film shows and that is missing is enough to doubt all."
-    values = measure(masks, film)
+    return _unusual(masks, convention, measure(masks, film))
+
+
+def _unusual(masks: np.ndarray, convention: str, values: dict[str, float]) -> dict[str, float]:
+    "The same, once they are measured."
     there = {name for name, mask in zip(REGIONS, masks, strict=True) if mask.any()}
     absent = [name for name in SEEN_ON_EVERY_FILM if name not in there | set(NOT_DRAWN.get(convention, ()))]
     found = {f"no {name}": DOUBTFUL + 0.1 for name in absent}
@@ -279,13 +282,14 @@ def finish(
     The more serious status wins: empty, implausible, filtered (over 2 % lost to islands), ok."""
     parts = [remove_islands(mask, share) for mask, share in zip(masks, islands, strict=True)]
     layers = np.stack([layer for layer, _ in parts])
-    score = sum(implausibilities(layers, convention, film).values())
+    values = measure(layers, film)
+    score = sum(_unusual(layers, convention, values).values())
     doubtful = score > DOUBTFUL
     status = []
     for verdict, (_, dropped) in zip(judge(layers), parts, strict=True):
         lost = "filtered" if verdict == "ok" and dropped > 0.02 else verdict
         status.append("implausible" if doubtful and lost != "empty" else lost)
-    mirrored = measure(layers)["heart right of spine"] < MIRRORED
+    mirrored = values["heart right of spine"] < MIRRORED
     whole = "doubtful" if doubtful else "mirrored" if mirrored else "ok"
     return RegionMasks(layers, tuple(status), convention, whole, score)
 
@@ -308,3 +312,31 @@ def explain(
     tried = [(again(change(film)), name) for name, changes in CHANGES.items() for change in changes]
     best, name = min(tried, key=lambda pair: pair[0].score)
     return replace(found, film=name) if best.film in ("ok", "mirrored") else found
+
+# %% ../nbs/02c_plausibility.ipynb #6f1d20a8
+class NetworkSegmenter:
+    "What segmenters with a network share: only what shows something is looked at, and a doubtful film is explained."
+
+    convention: str  # whose drawing the network learned
+    size: int | None  # side of the masks in pixels; None: each film's own shape
+
+    def shape(self, film: np.ndarray) -> tuple[int, int]:
+        "Height and width that a film's masks will have."
+        return (self.size, self.size) if self.size else film.shape
+
+    def find(
+        self,
+        films: Sequence[np.ndarray],  # float32 [H, W] in [0, 1] each, all worth looking at
+    ) -> list[RegionMasks]:  # judged, in the shape that is wanted
+        "Ask the network."
+        raise NotImplementedError
+
+    def segment(self, films: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> list[RegionMasks]:
+        "Find the regions of some films; raises ValueError for what is not a film."
+        films = check_films(films, smallest=1)
+        whys = [shows_nothing(film) for film in films]
+        shown = [film for film, why in zip(films, whys, strict=True) if not why]
+        found = iter(self.find(shown) if shown else [])
+        return [nothing_found(self.shape(film), self.convention, why) if why
+                else explain(next(found), film, lambda other: self.find([other])[0])
+                for film, why in zip(films, whys, strict=True)]

@@ -8,6 +8,7 @@ __all__ = ['WRAPPINGS', 'CXAS_GROUPS', 'MEAN', 'STD', 'CHESTX_DET_GROUPS', 'read
 
 # %% ../nbs/02d_published.ipynb #eb6806dd
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .core import CHESTX_DET_URL, CXAS_URL, chestx_det_weights, cxas_weights
-from .masks import RegionMasks, check_films, resize_masks
+from .core import SEGMENTER_URLS, segmenter_weights
+from .masks import RegionMasks, resize_masks
 from .ontology import REGIONS
-from .plausibility import explain, finish, nothing_found, shows_nothing
+from .plausibility import NetworkSegmenter, finish
 
 # %% ../nbs/02d_published.ipynb #c7f17d18
 WRAPPINGS: tuple[str, ...] = ("module.", "model.", "net.")  # before keys
@@ -106,14 +107,34 @@ def cxas_input(
     return (squashed - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 # %% ../nbs/02d_published.ipynb #68e3a4a3
-class PublishedSegmenter:
-    "What the two published networks share; `predict` is theirs."
+class PublishedSegmenter(NetworkSegmenter):
+    """What the two published networks share; `build` and `predict` are theirs.
 
-    convention: str  # whose drawing the network learned
+    Raises FileNotFoundError that says where the weights are, ValueError for a file of other keys."""
+
+    title: str  # of the network and, in brackets, the terms of its weights
     groups: dict[str, tuple[int, ...]]  # see `group_regions`
-    net: nn.Module  # in evaluation mode
-    size: int | None  # side of the masks in pixels; None: each film's own shape
-    device: str  # where the network runs
+
+    def __init__(
+        self,
+        weights: Path | str = "",  # the published checkpoint; empty: where torchxrayvision would put it
+        size: int | None = None,  # side of the masks in pixels; None: each film's own shape
+        device: str = "cpu",  # where the network runs
+    ):
+        path = segmenter_weights(self.convention, weights)
+        if not path.is_file():
+            name, _, terms = self.title.partition(" ")
+            raise FileNotFoundError(f"{path}: no {name} weights there{terms and f' {terms}'}; "
+                                    f"download {SEGMENTER_URLS[self.convention]} "
+                                    "and name the file in segment.weights, or use segment.name=offline")
+        self.net = self.build().eval()
+        load_checked(self.net, path)
+        self.net.to(device)
+        self.size, self.device = size, device
+
+    def build(self) -> nn.Module:
+        "The network, not yet filled."
+        raise NotImplementedError
 
     def predict(
         self,
@@ -122,47 +143,26 @@ class PublishedSegmenter:
         "Find the network's own structures."
         raise NotImplementedError
 
-    def _judged(self, film: np.ndarray) -> RegionMasks:
-        return finish(group_regions(self.predict(film), self.groups), self.convention, film)
-
     @torch.inference_mode()
-    def segment(self, films: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> list[RegionMasks]:
-        "Find the regions of some films; raises ValueError for what is not a film."
-        found = []
-        for film in check_films(films, smallest=1):
-            shape = (self.size, self.size) if self.size else film.shape
-            if why := shows_nothing(film):
-                found.append(nothing_found(shape, self.convention, why))
-                continue
-            whole = explain(self._judged(film), film, self._judged)
-            masks = resize_masks(whole.masks, shape)
-            found.append(RegionMasks(masks, whole.status, whole.convention, whole.film, whole.score))
-        return found
+    def find(self, films: Sequence[np.ndarray]) -> list[RegionMasks]:
+        "Ask the network about one film after the other."
+        judged = (finish(group_regions(self.predict(film), self.groups), self.convention, film) for film in films)
+        return [replace(one, masks=resize_masks(one.masks, self.shape(film)))
+                for one, film in zip(judged, films, strict=True)]
 
 # %% ../nbs/02d_published.ipynb #1d506dd0
 class CxasSegmenter(PublishedSegmenter):
     """The segmenter of the paper: CXAS's U-Net with a ResNet-50 encoder, 159 structures at 512 px.
 
     Input: bright bone in [0, 1], any shape. Source: Seibold et al., arXiv:2306.03934, through torchxrayvision;
-    weights CC BY-NC-SA 4.0. Raises FileNotFoundError that says where they are, ValueError for a file of other keys."""
+    weights CC BY-NC-SA 4.0."""
 
-    convention, groups = "cxas", CXAS_GROUPS
+    convention, groups, title = "cxas", CXAS_GROUPS, "CXAS (CC BY-NC-SA 4.0)"
 
-    def __init__(
-        self,
-        weights: Path | str = "",  # the published checkpoint; empty: where torchxrayvision would put it
-        size: int | None = None,  # side of the masks in pixels; None: each film's own shape
-        device: str = "cpu",  # where the network runs
-    ):
+    def build(self) -> nn.Module:
+        "The library's network, without its weights."
         from torchxrayvision.baseline_models.chestx_anatomy import UNetResNet50
-        path = cxas_weights(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no CXAS weights there (CC BY-NC-SA 4.0); download {CXAS_URL} "
-                                    "and name the file in segment.weights, or use segment.name=offline")
-        self.net = UNetResNet50(weights=False).eval()
-        load_checked(self.net, path)
-        self.net.to(device)
-        self.size, self.device = size, device
+        return UNetResNet50(weights=False)
 
     def predict(self, film: np.ndarray) -> np.ndarray:
         "CXAS's 159 structures, bool [159, 512, 512]."
@@ -177,26 +177,14 @@ CHESTX_DET_GROUPS: dict[str, tuple[int, ...]] = {  # numbers in the list `target
 class ChestxDetSegmenter(PublishedSegmenter):
     """The PSPNet of ChestX-Det, 14 structures at 512 px: five regions, no ribs, no abdomen.
 
-    Input: bright bone in [0, 1], any shape. Source: Lian et al., arXiv:2104.10326, through torchxrayvision. Raises
-    FileNotFoundError that says where the weights are, ValueError for a file of other keys."""
+    Input: bright bone in [0, 1], any shape. Source: Lian et al., arXiv:2104.10326, through torchxrayvision."""
 
-    convention, groups = "chestx-det", CHESTX_DET_GROUPS
+    convention, groups, title = "chestx-det", CHESTX_DET_GROUPS, "ChestX-Det"
 
-    def __init__(
-        self,
-        weights: Path | str = "",  # the published checkpoint; empty: where torchxrayvision would put it
-        size: int | None = None,  # side of the masks in pixels; None: each film's own shape
-        device: str = "cpu",  # where the network runs
-    ):
+    def build(self) -> nn.Module:
+        "The network inside the library's class, which would always download its weights."
         from torchxrayvision.baseline_models.chestx_det.ptsemseg.pspnet import pspnet
-        path = chestx_det_weights(weights)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no ChestX-Det weights there; download {CHESTX_DET_URL} "
-                                    "and name the file in segment.weights, or use segment.name=offline")
-        self.net = pspnet(14).eval()
-        load_checked(self.net, path)
-        self.net.to(device)
-        self.size, self.device = size, device
+        return pspnet(14)
 
     def predict(self, film: np.ndarray) -> np.ndarray:
         "The 14 structures, bool [14, 512, 512]; where the sigmoid of a logit is above a half."

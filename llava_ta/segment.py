@@ -29,10 +29,9 @@ from torch import nn
 
 from .core import Run, best_device, progress, ref
 from .data import FilmStore
-from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, check_films, merge_masks, resize_masks
+from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, merge_masks, resize_masks
 from .ontology import REGIONS
-from .plausibility import Limit, close_up, explain, finish, fit_limits, measure
-from .plausibility import nothing_found, shows_nothing, spoil
+from .plausibility import Limit, NetworkSegmenter, close_up, finish, fit_limits, measure, spoil
 from .published import ChestxDetSegmenter, CxasSegmenter
 
 # %% ../nbs/03_segment.ipynb #5b43a792
@@ -186,7 +185,7 @@ def load_unet(
 OFFLINE_WEIGHTS = Path(str(resources.files("llava_ta"))) / "weights" / "offline.safetensors"
 
 
-class OfflineSegmenter:
+class OfflineSegmenter(NetworkSegmenter):
     "The U-Net whose weights come with the package; no download, any frontal film."
 
     def __init__(
@@ -199,27 +198,17 @@ class OfflineSegmenter:
         self.net.to(device)
         self.size, self.device, self.convention = size, device, self.config.convention
 
-    def _found(self, films: Sequence[np.ndarray]) -> list[RegionMasks]:
+    @torch.inference_mode()
+    def find(self, films: Sequence[np.ndarray]) -> list[RegionMasks]:
+        "Ask the network about a batch of films."
         batch = torch.stack([normalise(film, self.config.size, self.config.percentiles) for film in films])
         logits = self.net(batch.to(self.device)).cpu()  # [B, 7, S, S]
         cut = torch.tensor(self.config.thresholds).logit()[None, :, None, None]
         found = []
         for film, scores in zip(films, logits, strict=True):
-            shape = (self.size, self.size) if self.size else film.shape
-            masks = (F.interpolate(scores[None], shape, mode="bilinear", antialias=True) > cut)[0].numpy()
+            masks = (F.interpolate(scores[None], self.shape(film), mode="bilinear", antialias=True) > cut)[0].numpy()
             found.append(finish(masks, self.convention, film, self.config.islands))
         return found
-
-    @torch.inference_mode()
-    def segment(self, films: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> list[RegionMasks]:
-        "Find the regions of a batch of films; raises ValueError for what is not a film."
-        films = check_films(films, smallest=1)
-        whys = [shows_nothing(film) for film in films]
-        shown = [film for film, why in zip(films, whys, strict=True) if not why]
-        found = iter(self._found(shown) if shown else [])
-        return [nothing_found((self.size, self.size) if self.size else film.shape, self.convention, why) if why
-                else explain(next(found), film, lambda other: self._found([other])[0])
-                for film, why in zip(films, whys, strict=True)]
 
 # %% ../nbs/03_segment.ipynb #889e17e8
 SEGMENTERS: dict[str, Callable[..., Segmenter]] = {

@@ -117,7 +117,7 @@ def test_cxas_equals_an_independent_computation(
     cxas_net: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ):
     """On random weights in the layout of the authors, masks are theirs bit by bit."""
-    monkeypatch.setattr("llava_ta.published.explain", lambda found, film, again: found)  # spares four more passes
+    monkeypatch.setattr("llava_ta.plausibility.explain", lambda found, film, again: found)  # spares four more passes
     published = {f"module.{key.removeprefix('backbone.') if key.startswith('backbone.backbone.') else key}": value
                  for key, value in cxas_net.state_dict().items()}
     torch.save({"epoch": 110, "model": published}, tmp_path / "cxas.pth")
