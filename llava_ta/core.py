@@ -191,8 +191,9 @@ class TextSettings(Section):
     "Stage 0: training of a small language model on texts alone (the part that Vicuna plays in the paper)."
 
     epochs: int = Field(ge=1)  # passes over the training texts
-    batch: int = Field(ge=1)  # sequences in a step
+    batch: int = Field(ge=1)  # studies in a step
     lr: float = Field(gt=0)  # peak learning rate
+    pairs: int = Field(default=8, ge=0)  # topic sentences of a study; 0 teaches reports only
 
 # %% ../nbs/00_core.ipynb #1cb37f1f
 class LanguageSettings(Section):

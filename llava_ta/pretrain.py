@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'learning_rate', 'Resume', 'optimise', 'captions', 'draw_pairs', 'ContrastivePair', 'jitter',
-           'contrastive_losses', 'training_images', 'make_tower', 'text_sample', 'text_loss', 'stage0_texts',
-           'stage0_losses', 'make_lm', 'language_model_folder']
+           'contrastive_losses', 'training_images', 'make_tower', 'text_sample', 'stage0_studies', 'stage0_losses',
+           'make_lm', 'language_model_folder']
 
 # %% ../nbs/05a_pretrain.ipynb #b3485f97
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import RESUME, Run, atomic_path, best_device, progress, write_table
+from .core import RESUME, Run, TextSettings, atomic_path, best_device, progress, write_table
 from .data import FilmStore
 from .films import fit_film
 from .mapping import segmented_image
-from .model import IMAGE, LlavaConfig, LlavaTA, VisionTower, prompt_pieces, small_llama, train_tokenizer
+from .model import LlavaConfig, LlavaTA, VisionTower, small_llama, train_tokenizer
+from .packing import Sample, batch_losses, make_sample, pack
 from .segment import MaskStore
 
 # %% ../nbs/05a_pretrain.ipynb #3ff3f41d
@@ -272,62 +274,50 @@ def make_tower(
         "last_loss": float(curve.loss[-20:].mean()),
     }
 
-# %% ../nbs/05a_pretrain.ipynb #f86f227b
+# %% ../nbs/05a_pretrain.ipynb #7e209958
 def text_sample(
-    model: LlavaTA,  # whose tokenizer is used
     mode: str,  # whose prompt: narrative, topic or anatomy
     answer: str,  # what is learned
     topic: str = "",  # a topic's id
-) -> tuple[list[int], int]:  # ids, and how many of them are the prompt
+) -> Sample:  # with the template v1
     "A prompt without its images, and its answer."
-    pieces = [piece for piece in prompt_pieces(mode, topic) if piece != IMAGE]
-    prompt = [model.tokenizer.bos_token_id, *(i for piece in pieces for i in model.encode(piece))]
-    return [*prompt, *model.encode(" " + answer), model.tokenizer.eos_token_id], len(prompt)
+    shown = make_sample(mode, answer, topic)
+    return replace(shown, path=tuple(step for step in shown.path if step[0] == "text"))
 
-# %% ../nbs/05a_pretrain.ipynb #ed323a48
-def text_loss(
-    model: LlavaTA,  # only its language model is used
-    samples: Sequence[tuple[list[int], int]],  # from `text_sample`
-) -> torch.Tensor:  # mean over all answer tokens
-    "Next-token cross-entropy of the answers of some texts, padded on the right."
-    longest = max(len(ids) for ids, _ in samples)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in samples])
-    where = [
-        number * longest + place
-        for number, (text, prompt) in enumerate(samples)
-        for place in range(prompt - 1, len(text) - 1)
-    ]
-    targets = [token for text, prompt in samples for token in text[prompt:]]
-    return model.token_losses(ids, torch.zeros(0, 1, 1), torch.tensor(where), torch.tensor(targets)).mean()
-
-# %% ../nbs/05a_pretrain.ipynb #1705fac8
-def stage0_texts(
-    model: LlavaTA,  # whose tokenizer is used
+# %% ../nbs/05a_pretrain.ipynb #57edadc8
+def stage0_studies(
     reports: dict[str, str],  # study -> report
-    samples: pd.DataFrame,  # study, topic, sentence of the training split
+    samples: pd.DataFrame,  # study, topic, polarity, sentence of the training split
+    pairs: int,  # topic sentences of a study
     chance: np.random.Generator,  # draws topics and prompts
-    each: int = 2,  # topic sentences for each study
-) -> list[tuple[list[int], int]]:  # shuffled by length in coarse groups
-    "One epoch of stage 0: every report, and a few topic sentences of every study."
-    texts = [text_sample(model, "narrative", report) for report in reports.values()]
-    for _, group in samples.groupby("study"):
-        for number in chance.choice(len(group), min(each, len(group)), replace=False):
-            row = group.iloc[number]
-            texts.append(text_sample(model, str(chance.choice(["topic", "anatomy"])), row.sentence, row.topic))
-    return sorted(texts, key=lambda text: len(text[0]) // 12 + chance.random())
+) -> list[list[Sample]]:  # of each study
+    "One epoch of stage 0: every report, and topic sentences of its study, half of them `present` if there are so many."
+    shuffled = samples.iloc[chance.permutation(len(samples))]
+    present = shuffled.polarity == "present"
+    first = present & (shuffled.groupby(["study", present]).cumcount() < pairs - pairs // 2)
+    chosen = pd.concat([shuffled[first], shuffled[~first]]).groupby("study").head(pairs)
+    modes = {study: str(mode) for study, mode in zip(reports, chance.choice(["topic", "anatomy"], len(reports)))}
+    taught = {study: [text_sample("narrative", report)] for study, report in reports.items()}
+    for one in chosen.itertuples():
+        taught[one.study].append(text_sample(modes[one.study], one.sentence, one.topic))
+    return list(taught.values())
 
-# %% ../nbs/05a_pretrain.ipynb #ff7b112c
+# %% ../nbs/05a_pretrain.ipynb #856eeb1e
 def stage0_losses(
     model: LlavaTA,  # in training mode
-    epochs: list[list[tuple[list[int], int]]],  # the texts of each epoch, from `stage0_texts`
-    batch: int,  # texts in a step
-    chance: np.random.Generator,  # order of the batches
+    reports: dict[str, str],  # study -> report
+    samples: pd.DataFrame,  # see `stage0_studies`
+    settings: TextSettings,  # epochs, batch, pairs
 ) -> Iterator[Callable[[], torch.Tensor]]:  # one closure a step
-    "Batches of texts of about equal length, in random order."
-    for texts in epochs:
-        batches = [texts[start:start + batch] for start in range(0, len(texts), batch)]
-        for number in chance.permutation(len(batches)):
-            yield lambda chosen=batches[number]: text_loss(model, chosen)
+    "Batches of studies in random order."
+    chance = np.random.default_rng(0)
+    nothing = torch.zeros(0, 0, model.tower.shape()[2], device=model.device)
+    for _ in range(settings.epochs):
+        studies = stage0_studies(reports, samples, settings.pairs, chance)
+        order = chance.permutation(len(studies))
+        for start in range(0, len(order), settings.batch):
+            batch = pack(model, [studies[number] for number in order[start:start + settings.batch]], 0)
+            yield lambda batch=batch: batch_losses(model, batch, nothing).mean()
 
 # %% ../nbs/05a_pretrain.ipynb #62df5c60
 def make_lm(
@@ -346,12 +336,10 @@ def make_lm(
     llama = small_llama(settings, len(tokenizer))  # drawn first: its start must not depend on the tower's size
     model = LlavaTA(config, VisionTower(run.profile.tower), llama, tokenizer)
     model.to(best_device()).train()
-    chance = np.random.default_rng(0)
-    epochs = [stage0_texts(model, reports, samples, chance) for _ in progress(range(settings.pretrain.epochs), "texts")]
-    steps = sum(math.ceil(len(texts) / settings.pretrain.batch) for texts in epochs)
+    steps = settings.pretrain.epochs * math.ceil(len(reports) / settings.pretrain.batch)
     curve = optimise(
         model.lm,
-        stage0_losses(model, epochs, settings.pretrain.batch, chance),
+        stage0_losses(model, reports, samples, settings.pretrain),
         steps,
         settings.pretrain.lr,
         "language model",
@@ -362,7 +350,7 @@ def make_lm(
     tokenizer.save_pretrained(out)
     write_table(out / "curve.parquet", curve)
     return {
-        "texts": sum(map(len, epochs)),
+        "studies": len(reports),
         "steps": steps,
         "vocab": len(tokenizer),
         "weights": sum(p.numel() for p in model.llama.parameters()),
