@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Mode', 'PROFILES', 'FIGURE_MODES', 'STEPS', 'MIMIC_LISTS', 'LLAVA_RAD_LISTS', 'TABLES', 'SEGMENTER_URLS', 'STUDIES',
-           'RATES', 'HOW', 'RESUME', 'atomic_path', 'write_json', 'read_json', 'write_table', 'root', 'runs_dir',
-           'Section', 'DataSettings', 'DecomposeSettings', 'SegmentSettings', 'MappingSettings', 'ContrastiveSettings',
-           'TowerSettings', 'TextSettings', 'LanguageSettings', 'LoraSettings', 'StageSettings', 'TrainSettings',
-           'GenerateSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
-           'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
-           'module_digest', 'path_digest', 'data_dir', 'source_tables', 'outside_inputs', 'progress', 'seed_everything',
-           'best_device', 'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
+           'RATES', 'HOW', 'RESUME', 'MADE_FROM', 'atomic_path', 'write_json', 'read_json', 'write_table', 'root',
+           'runs_dir', 'Section', 'DataSettings', 'DecomposeSettings', 'SegmentSettings', 'MappingSettings',
+           'ScheduleSettings', 'ContrastiveSettings', 'TowerSettings', 'TextSettings', 'LanguageSettings',
+           'LoraSettings', 'StageSettings', 'TrainSettings', 'GenerateSettings', 'EvaluateSettings', 'BiasSettings',
+           'Profile', 'impossible', 'parse_overrides', 'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step',
+           'all_variants', 'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'source_tables',
+           'outside_inputs', 'progress', 'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights',
+           'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
@@ -163,13 +165,25 @@ class MappingSettings(Section):
     dilate: float = Field(0.0, ge=0, le=0.2)  # widen masks by this share of the film's side
     unmentioned: Literal["skip", "absent"] = "skip"  # a disease the report is silent about: no sample, or "absent"
 
+# %% ../nbs/00_core.ipynb #00d0c88a
+class ScheduleSettings(Section):
+    "How weights learn: AdamW, a linear warm-up, then half a cosine."
+
+    epochs: float = Field(gt=0)  # passes over the training studies
+    batch: int = Field(ge=1)  # studies in a step, over all processes
+    lr: float = Field(gt=0)  # peak learning rate
+    warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
+    weight_decay: float = Field(0.0, ge=0)  # of AdamW
+    clip: float = Field(1.0, gt=0)  # largest norm of a step's gradients
+    accumulate: int = Field(1, ge=1)  # parts of a step that pass one after the other; more of them need less memory
+
 # %% ../nbs/00_core.ipynb #6c64cc57
-class ContrastiveSettings(Section):
+class ContrastiveSettings(ScheduleSettings):
     "Image-text pretraining of a small tower (the part that BiomedCLIP-CXR plays in the paper)."
 
-    epochs: int = Field(ge=1)  # passes over the training films
     batch: int = Field(ge=2)  # image-text pairs in one contrastive batch
-    lr: float = Field(gt=0)  # peak learning rate
+    warmup: float = Field(0.1, ge=0, lt=1)  # share of the steps
+    weight_decay: float = Field(0.05, ge=0)  # of AdamW
     width: int = 128  # of the text encoder and of the shared space
 
 # %% ../nbs/00_core.ipynb #d493555c
@@ -187,12 +201,10 @@ class TowerSettings(Section):
     pretrain: ContrastiveSettings | None = None  # null where a checkpoint is given
 
 # %% ../nbs/00_core.ipynb #abec07ba
-class TextSettings(Section):
+class TextSettings(ScheduleSettings):
     "Stage 0: training of a small language model on texts alone (the part that Vicuna plays in the paper)."
 
-    epochs: int = Field(ge=1)  # passes over the training texts
-    batch: int = Field(ge=1)  # studies in a step
-    lr: float = Field(gt=0)  # peak learning rate
+    weight_decay: float = Field(0.01, ge=0)  # of AdamW
     pairs: int = Field(default=8, ge=0)  # topic sentences of a study; 0 teaches reports only
 
 # %% ../nbs/00_core.ipynb #1cb37f1f
@@ -216,15 +228,13 @@ class LoraSettings(Section):
     dropout: float = Field(0.05, ge=0, lt=1)  # on the adapter's input
 
 # %% ../nbs/00_core.ipynb #faf96b91
-class StageSettings(Section):
+class StageSettings(ScheduleSettings):
     "One training stage."
 
     template: Literal["plain", "v1"] = "v1"  # plain drops the prompt and keeps only the image
-    epochs: float = Field(gt=0)  # passes over the training studies
-    batch: int = Field(ge=1)  # studies in a step
-    lr: float = Field(gt=0)  # peak learning rate; cosine after a warm-up
-    warmup: float = Field(0.03, ge=0, lt=1)  # share of the steps
-    weight_decay: float = Field(0.0, ge=0)  # of AdamW
+    checks: int = Field(0, ge=0)  # how often the valid fold is measured on the way; it always is at the end
+    patience: int = Field(0, ge=0)  # stop after so many checks without a better loss; 0: never
+    keep: Literal["last", "best"] = "last"  # the weights at the end, or those of the best check
 
 # %% ../nbs/00_core.ipynb #cdf21277
 Mode = Literal["narrative", "topic", "anatomy"]  # LLaVA-Rad, LLaVA-T, LLaVA-TA
@@ -307,6 +317,14 @@ def _twice(profile: Profile) -> list[tuple[bool, str]]:
     values = {f"{section}.{key}": getattr(getattr(profile, section), key) for section, key in lists}
     return [(len(set(found)) < len(found), f"{key}: {found} names one thing twice") for key, found in values.items()]
 
+# %% ../nbs/00_core.ipynb #b1576aca
+def _unchecked(profile: Profile) -> list[tuple[bool, str]]:
+    "What a stage can only do if the valid fold is measured on the way."
+    stages = {"stage1": profile.train.stage1, "stage2": profile.train.stage2}
+    return [(not stage.checks and (stage.patience > 0 or stage.keep == "best"),
+             f"train.{name}: patience {stage.patience} and keep {stage.keep} need checks of the valid fold, not 0")
+            for name, stage in stages.items()]
+
 # %% ../nbs/00_core.ipynb #f97311e5
 def impossible(
     profile: Profile,  # a profile whose fields are well typed
@@ -315,6 +333,7 @@ def impossible(
     data, lm, tower, phantom = profile.data, profile.lm, profile.tower, profile.data.source == "phantom"
     return [
         *_twice(profile),
+        *_unchecked(profile),
         ("real" not in profile.generate.films,
          f"generate.films: {profile.generate.films} lacks 'real'; blind films are scored beside it, never alone"),
         ({len(tower.mean), len(tower.std)} != {tower.channels},
@@ -498,6 +517,7 @@ class Step:
     modules: tuple[str, ...] = ()  # other modules whose code shapes the artefact
     keys: tuple[str, ...] = ()  # what its variants differ in
     version: int = 1  # raise it to make old artefacts stale by hand
+    together: bool = False  # whether all launched processes make it; the others wait for the first one to make the rest
     parameters: dict[str, Any] = field(default_factory=dict)  # of the notebook, when the pipeline runs it
 
 # %% ../nbs/00_core.ipynb #76b4c7b0
@@ -572,6 +592,7 @@ STEPS: dict[str, Step] = {
         _needs("data"),
         ("segment",),
         ("ontology", "masks", "plausibility", "published"),
+        together=True,
     ),
     "mapping": Step(
         "04_mapping", "mapping.make_mapping", _needs("decompose", "segment"), ("mapping",), ("ontology", "masks")
@@ -581,9 +602,17 @@ STEPS: dict[str, Step] = {
         "pretrain.make_tower",
         _needs("data", "segment", "mapping"),
         ("tower", "mapping", "lm"),
-        ("model", "mapping", "masks"),
+        ("trainer", "model", "mapping", "masks"),
+        together=True,
     ),
-    "lm": Step("05a_pretrain", "pretrain.make_lm", _needs("data", "mapping"), ("lm",), ("model",)),
+    "lm": Step(
+        "05a_pretrain",
+        "pretrain.make_lm",
+        _needs("data", "mapping"),
+        ("lm",),
+        ("trainer", "model", "packing", "tree_attention"),
+        together=True,
+    ),
     "features": Step(
         "05b_features",
         "features.make_features",
@@ -596,8 +625,9 @@ STEPS: dict[str, Step] = {
         "train.make_train",
         _train_needs,
         ("lm", "lora", "train"),
-        ("model", "packing", "tree_attention"),
+        ("trainer", "model", "packing", "tree_attention"),
         keys=("mode", "stage", "seed"),
+        together=True,
         parameters={"mode": "all", "stage": 2},
     ),
     "generate": Step(
@@ -786,6 +816,29 @@ def best_device() -> str:  # "cuda" or "cpu"
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../nbs/00_core.ipynb #f84003b8
+@dataclass(frozen=True)
+class Launch:
+    "This process among those that were launched together."
+
+    rank: int = 0  # which one it is; 0 says things, and writes what is written once
+    ranks: int = 1  # how many there are
+    wait: Callable[[], None] = lambda: None  # until all have come here
+    tell: Callable[[Any], Any] = lambda value: value  # what the first says, to all
+
+# %% ../nbs/00_core.ipynb #f900a003
+def launched() -> Launch:  # one of one, unless `accelerate launch` or torchrun started several
+    "This process among those that were launched together; joins them at the first call."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Launch()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    state = PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
+    return Launch(
+        state.process_index, state.num_processes, state.wait_for_everyone, lambda it: broadcast_object_list([it])[0]
+    )
+
 # %% ../nbs/00_core.ipynb #2b6bcf1d
 _RELEASE = "https://github.com/mlmed/torchxrayvision/releases/download/v1/"
 SEGMENTER_URLS: dict[str, str] = {  # of the published weights, by the name of the segmenter
@@ -952,12 +1005,14 @@ def _publish(private: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #06731e4e
-RESUME = "resume.pt"  # where a training keeps what it needs to go on; not part of the artefact
+RESUME = "resume"  # folder where a training keeps what it needs to go on; not part of the artefact
+MADE_FROM = "made_from.json"  # beside it: what the artefact was being made from
 
 def _file_sizes(folder: Path) -> dict[str, int]:
     "Every file of an artefact but its record, with its size in bytes."
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in ("record.json", RESUME)}
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(name): (folder / name).stat().st_size for name in names
+            if name.parts[0] not in ("record.json", MADE_FROM, RESUME)}
 
 # %% ../nbs/00_core.ipynb #e457e3ea
 def _whole_record(folder: Path) -> dict[str, Any] | None:
@@ -977,7 +1032,8 @@ class Run:
         settings: Settings,  # from `check_params`
         say: Callable[[str], None] = print,  # where news goes
     ):
-        self.settings, self.profile, self.say = settings, settings.profile, say
+        self.settings, self.profile = settings, settings.profile
+        self.say = say if launched().rank == 0 else lambda text: None
         self.dir = runs_dir() / settings.run
         self._prints: dict[Ref, str] = {}
 
@@ -1044,34 +1100,71 @@ def _shapes(section: str, values: Any, artefact: Ref) -> Any:
         return {key: values[key] for key in shaping}
     return values
 
+# %% ../nbs/00_core.ipynb #53bd1d6b
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    "Nested settings as dotted keys."
+    if not isinstance(values, dict):
+        return {name: values}
+    inner = [_flat(value, f"{name}.{key}".lstrip(".")) for key, value in values.items()]
+    return {key: value for part in inner for key, value in part.items()}
+
+
+def _refuse_to_lose(
+    other: Path,  # private folder of an earlier attempt
+    made_from: dict[str, Any],  # what the artefact is to be made from now
+) -> None:
+    "Raise ValueError if a training with other settings is unfinished there."
+    if not (other / RESUME).is_dir():
+        return
+    before, now = (_flat(it["settings"]) for it in (read_json(other / MADE_FROM), made_from))
+    changed = [f"{key} was {before.get(key)} and is {now.get(key)}" for key in {**before, **now}
+               if before.get(key) != now.get(key)]
+    if changed:
+        raise ValueError(f"{other} is an unfinished training with other settings ({'; '.join(changed)}): go back to "
+                         "them, give this run another name, or delete that folder")
+
 # %% ../nbs/00_core.ipynb #1d5d19d3
+def _private(self: Run, artefact: Ref) -> Path:
+    "Where an artefact is while it is being made."
+    final = self.folder(artefact)
+    return final.with_name(f".{final.name}.{self.fingerprint(artefact)}")
+
+
+def _do(self: Run, artefact: Ref) -> dict[str, Any]:
+    "Let the step write into the private folder; returns its metrics."
+    module, name = STEPS[artefact.step].make.split(".")
+    make = getattr(importlib.import_module(f"llava_ta.{module}"), name)
+    seed_everything(dict(artefact.variant).get("seed", 0))
+    _private(self, artefact).mkdir(parents=True, exist_ok=True)
+    return make(self, _private(self, artefact), **dict(artefact.variant)) or {}
+
+
 def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
     "Make one artefact whose needs are fresh, under its lock; returns its record."
-    step, final = STEPS[artefact.step], self.folder(artefact)
-    private = final.with_name(f".{final.name}.{self.fingerprint(artefact)}")
+    final, private, made_from = self.folder(artefact), _private(self, artefact), self._made_from(artefact)
     for other in final.parent.glob(f".{final.name}.*"):
         if other.is_dir() and other != private:
+            _refuse_to_lose(other, made_from)
             shutil.rmtree(other, ignore_errors=True)
     private.mkdir(parents=True, exist_ok=True)
+    write_json(private / MADE_FROM, made_from)
     if _whole_record(private) is None:
-        module, name = step.make.split(".")
-        make = getattr(importlib.import_module(f"llava_ta.{module}"), name)
         started = time.time()
-        seed_everything(dict(artefact.variant).get("seed", 0))
-        metrics = make(self, private, **dict(artefact.variant))
+        metrics = _do(self, artefact)
         record = {
             "artefact": artefact.folder,
             "fingerprint": self.fingerprint(artefact),
-            "made_from": self._made_from(artefact),
+            "made_from": made_from,
             "profile": self.settings.name,
             "commit": commit(),
             "python": sys.version.split()[0],
             "seconds": round(time.time() - started, 2),
-            "metrics": metrics or {},
+            "metrics": metrics,
             "files": _file_sizes(private),
         }
         write_json(private / "record.json", record)
-    (private / RESUME).unlink(missing_ok=True)
+    shutil.rmtree(private / RESUME, ignore_errors=True)
+    (private / MADE_FROM).unlink()
     _publish(private, final)
     return read_json(final / "record.json")
 
@@ -1082,22 +1175,26 @@ def _make(
     **variant: Any,  # a value for each of the step's keys
 ) -> Path:  # the folder of the finished artefact
     "Make an artefact and whatever it lacks; fresh ones are left alone, and a second process waits for the first."
-    wanted = ref(step, **variant)
-    todo = self.stale(wanted)
+    wanted, launch = ref(step, **variant), launched()
+    todo = launch.tell(self.stale(wanted))
     if not todo:
         self.say(f"{wanted.folder}: unchanged")
     else:
         _refuse_absent(self.profile)
     for artefact in todo:
         lock = self.dir / ".locks" / (artefact.folder.replace("/", "_") + ".lock")
-        _make_writable(lock.parent)
-        with _waiting(lock, artefact.folder, self.say):
-            if self.is_fresh(artefact):
+        with _first_holds(lock, artefact.folder, self.say):
+            if launch.tell(self.is_fresh(artefact)):
                 continue
+            begun = launch.tell(_whole_record(_private(self, artefact)) is None)
             why = "" if artefact == wanted else f", which {wanted.folder} needs"
             self.say(f"making {artefact.folder}{why} ...")
-            record = _attempt(self, artefact)
-            self.say(f"{artefact.folder}: {record['seconds']:.1f} s  {_brief(record['metrics'])}")
+            if launch.rank == 0:
+                record = _attempt(self, artefact)
+                self.say(f"{artefact.folder}: {record['seconds']:.1f} s  {_brief(record['metrics'])}")
+            elif begun and STEPS[artefact.step].together:
+                _do(self, artefact)
+            launch.wait()
     return self.folder(wanted)
 Run.make = _make
 
@@ -1114,8 +1211,12 @@ def _make_writable(folder: Path) -> None:
 
 # %% ../nbs/00_core.ipynb #5b1f0ed1
 @contextmanager
-def _waiting(lock: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
-    "Hold a lock that the system frees when its holder dies; say so if somebody else has it."
+def _first_holds(lock: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
+    "Let the first process hold a lock that the system frees when its holder dies; say so if somebody else has it."
+    if launched().rank:
+        yield
+        return
+    _make_writable(lock.parent)
     held = FileLock(lock)
     try:
         held.acquire(timeout=0.2)

@@ -277,21 +277,20 @@ def _write_joined(path: Path, places: list[tuple[Path, int, int]]) -> list[tuple
 def merge_masks(
     folder: Path | str,  # of the store; holds the shards
     studies: Sequence[str],  # the study of each row
-    out: Path | str = "",  # where the store is written; empty: the same folder
 ) -> pd.DataFrame:  # statuses and areas, a row for each film and region
     """Join all shards into a `MaskStore` and remove them.
 
     Raises ValueError that names the first films without masks."""
-    folder, target = Path(folder), Path(out or folder)
+    folder = Path(folder)
     about, places = _places(folder)
     if absent := [row for row in range(len(studies)) if row not in places]:
         raise ValueError(f"{folder}: {len(absent)} of {len(studies)} films have no masks yet, the first is film "
                          f"{absent[0]}; segment them before the shards are joined")
-    metas = _write_joined(target / "masks.safetensors", [places[row] for row in range(len(studies))])
+    metas = _write_joined(folder / "masks.safetensors", [places[row] for row in range(len(studies))])
     films, regions = _tables(range(len(studies)), studies, metas)
-    write_table(target / "films.parquet", films)
-    write_table(target / "masks.parquet", regions)
-    write_json(target / "masks.json", about)
+    write_table(folder / "films.parquet", films)
+    write_table(folder / "masks.parquet", regions)
+    write_json(folder / "masks.json", about)
     for path in [*_shards(folder), *folder.glob("shard-*.lock")]:
         path.unlink(missing_ok=True)
     return regions

@@ -6,8 +6,7 @@
 __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMPT', 'PROMPTS', 'IMAGE_TOKEN', 'LORA_TARGETS',
            'VisionTower', 'load_tower_weights', 'Projector', 'prompt_pieces', 'train_tokenizer', 'small_llama',
            'load_language_model', 'LlavaConfig', 'LlavaTA', 'embed', 'last_hidden', 'hidden_states', 'losses_at',
-           'token_losses', 'add_lora', 'set_trainable', 'save_pretrained', 'read_config', 'from_pretrained',
-           'from_profile']
+           'forward', 'add_lora', 'set_trainable', 'save_pretrained', 'read_config', 'from_pretrained', 'from_profile']
 
 # %% ../nbs/05_model.ipynb #4e1ca985
 from collections.abc import Iterable
@@ -335,7 +334,7 @@ def losses_at(
     return F.cross_entropy(lm.lm_head(chosen).float(), targets.to(hidden.device), reduction="none")
 
 # %% ../nbs/05_model.ipynb #a7dc3855
-def token_losses(
+def forward(
     self: LlavaTA,
     ids: torch.Tensor,  # int64 [B, L]
     images: torch.Tensor,  # visual features [..., D]
@@ -347,7 +346,7 @@ def token_losses(
     "Next-token cross-entropy of each target; raises ValueError if there is none."
     return losses_at(self.llama, self.hidden_states(ids, images, positions, tree), where, targets)
 
-LlavaTA.token_losses = token_losses
+LlavaTA.forward = forward
 
 # %% ../nbs/05_model.ipynb #2fbf93dc
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

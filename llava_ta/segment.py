@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['REGION_COLOURS', 'OFFLINE_WEIGHTS', 'SEGMENTERS', 'overlay', 'TruthSegmenter', 'UnetConfig', 'Unet', 'normalise',
-           'save_unet', 'load_unet', 'OfflineSegmenter', 'get_segmenter', 'write_shard', 'launched', 'store_masks',
-           'make_segment', 'segment_together', 'limits_for']
+           'save_unet', 'load_unet', 'OfflineSegmenter', 'get_segmenter', 'write_shard', 'store_masks', 'make_segment',
+           'limits_for']
 
 # %% ../nbs/03_segment.ipynb #7d2b62f9
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from safetensors.torch import save_file as save_tensors
 from scipy import ndimage
 from torch import nn
 
-from .core import Run, best_device, progress, ref
+from .core import Run, best_device, launched, progress
 from .data import FilmStore
 from .masks import MaskStore, MaskWriter, RegionMasks, Segmenter, merge_masks, resize_masks
 from .ontology import REGIONS
@@ -257,15 +255,6 @@ def write_shard(
             bar.update(len(rows))
     return done
 
-# %% ../nbs/03_segment.ipynb #a1c40b52
-def launched() -> tuple[int, int, Callable[[], None]]:  # rank, number of processes, a call that waits for all of them
-    "This process among those that `accelerate launch` or torchrun started; alone otherwise."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1, lambda: None
-    from accelerate import PartialState
-    state = PartialState(cpu=best_device() == "cpu")
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
 # %% ../nbs/03_segment.ipynb #a1c40b53
 def store_masks(
     folder: Path | str,  # where the store is written
@@ -279,12 +268,12 @@ def store_masks(
 
     Called again after an interruption, it goes on where it stopped. Raises ValueError for other rows."""
     _check_rows(studies, films)
-    rank, ranks, wait = launched()
-    write_shard(folder, films, segmenter, size, rank, ranks, batch)
-    wait()
-    if rank == 0:
+    launch = launched()
+    write_shard(folder, films, segmenter, size, launch.rank, launch.ranks, batch)
+    launch.wait()
+    if launch.rank == 0:
         merge_masks(folder, studies["study"].tolist())
-    wait()
+    launch.wait()
     return MaskStore(folder).table
 
 
@@ -298,17 +287,17 @@ def make_segment(
     run: Run,  # whose data step is finished
     out: Path,  # private folder of the artefact
 ) -> dict:  # number of films, seconds a film, share of each region status, number of films of each other status
-    "Segment every film of a run with the profile's segmenter, or join what `segment_together` left; a `MaskStore`."
+    "Segment every film of a run with the profile's segmenter; a `MaskStore`. Launched processes share the films."
     wanted, source = run.profile.segment, run.path("data")
     films, studies = FilmStore(source), pd.read_parquet(source / "studies.parquet")
-    _check_rows(studies, films)
     segmenter = get_segmenter(wanted.name, wanted.weights, wanted.size, truth=films.truth)
-    shards, started, done = _shared(run) if _shared(run).exists() else out, time.perf_counter(), 0
-    if not (out / "masks.json").exists():
-        done = write_shard(shards, films, segmenter, wanted.size)
-        seconds = (time.perf_counter() - started) / max(done, 1)
-        merge_masks(shards, studies["study"].tolist(), out)
-    shutil.rmtree(_shared(run), ignore_errors=True)
+    launch, started = launched(), time.perf_counter()
+    finished, begun = launch.tell((out / "masks.json").exists()), any(out.glob("shard-*"))
+    if not finished:
+        store_masks(out, studies, films, segmenter, wanted.size)
+    if launch.rank:
+        return {}
+    seconds = (time.perf_counter() - started) / len(films)
     store = MaskStore(out)
     shares, odd = store.table["status"].value_counts(normalize=True), store.films["status"].value_counts()
     odd = {status: int(number) for status, number in odd.items() if status != "ok" and number}
@@ -316,28 +305,9 @@ def make_segment(
         said = ", ".join(f"{number} {status}" for status, number in odd.items())
         run.say(f"segment: {sum(odd.values())} of {len(films)} films look odd ({said}); films.parquet lists them")
     return {"studies": len(films), "segmenter": wanted.name, "convention": segmenter.convention,
-            **({"seconds_per_film": seconds} if done else {}), **{s: float(share) for s, share in shares.items()},
+            **({} if finished or begun else {"seconds_per_film": seconds}),
+            **{status: float(share) for status, share in shares.items()},
             **{f"{status} films": number for status, number in odd.items()}}
-
-
-def _shared(run: Run) -> Path:
-    "Where launched processes put their shards."
-    return run.dir / f"segment-shards-{run.fingerprint(ref('segment'))}"
-
-# %% ../nbs/03_segment.ipynb #a1c40b56
-def segment_together(
-    run: Run,  # the same in every process
-) -> Path:  # the folder of the finished artefact
-    "Make the segment step, its films shared among the processes of `accelerate launch` if there are several."
-    rank, ranks, wait = launched()
-    if ranks > 1 and run.stale(ref("segment")):
-        wanted, films = run.profile.segment, FilmStore(run.make("data"))
-        segmenter = get_segmenter(wanted.name, wanted.weights, wanted.size, truth=films.truth)
-        write_shard(_shared(run), films, segmenter, wanted.size, rank, ranks)
-    wait()
-    folder = run.make("segment") if rank == 0 else run.folder(ref("segment"))
-    wait()
-    return folder
 
 # %% ../nbs/03_segment.ipynb #c3c00002
 def limits_for(

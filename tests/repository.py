@@ -153,3 +153,13 @@ def run_python(
         [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "PATH": path, **environment},
     )
+
+
+def launch(
+    processes: int,  # on the CPU of this machine
+) -> tuple[str, ...]:  # arguments of the interpreter, before those of the program
+    """Let accelerate start several processes of a program.
+
+    Without MPI its `--cpu` starts one, however many are asked for; `--multi_gpu` starts them all, GPUs or not."""
+    return ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")

@@ -183,7 +183,7 @@ def test_modes(mode: str, tune: str):
     for study, samples in enumerate(taught):
         for number, sample in enumerate(samples):
             one = pack(model, [[sample]], IMAGE_TOKENS)
-            alone.append(model.token_losses(one.ids, one.shown(features(model, one)), one.where, one.targets))
+            alone.append(model(one.ids, one.shown(features(model, one)), one.where, one.targets))
             here = (batch.owners == torch.tensor([study, number])).all(1)
             assert torch.allclose(packed[here], alone[-1], atol=1e-5)
     assert_same((packed, mine), (torch.cat(alone), gradients(model, torch.cat(alone).mean())))

@@ -29,9 +29,10 @@ MODULE_LINES = 400
 LONGER = {
     "rules": (600, "the grammar of a report sentence: it reads best in one piece"),
     "films": (430, "each kind of file that is read or refused is a few lines, and all of them make one kind of film"),
-    "core": (710, "every setting of a profile is one documented line; the run machinery reads best in one piece"),
+    "core": (770, "every setting of a profile is one documented line; the run machinery reads best in one piece"),
     "phantom": (720, "each structure of the chest and each finding is a few lines, and they share one picture"),
 }
+FORWARDS = {"pretrain": {"packing"}}  # towers come before features, features before packing, and stage 0 is packed
 ALL = notebooks()
 PIPELINE = sorted({step.notebook for step in STEPS.values()})
 each = pytest.mark.parametrize("notebook", ALL, ids=lambda notebook: notebook.name)
@@ -82,7 +83,7 @@ def test_import_cells_hold_imports_only(notebook: Notebook):
 
 @each
 def test_imports_point_backwards(notebook: Notebook):
-    earlier = {other.module for other in ALL if other.name < notebook.name}
+    earlier = {other.module for other in ALL if other.name < notebook.name} | FORWARDS.get(notebook.module, set())
     found = []
     for cell in notebook.code:
         for module in cell.imports:
@@ -388,7 +389,7 @@ def declared(
 # Needed without being imported by a module.
 INDIRECT = {
     "torchvision": "by torchxrayvision and open_clip",
-    "accelerate": "by transformers and peft, and for `accelerate launch`",
+    "tensorboard": "the tracker of a training, by accelerate",
     "ipykernel": "runs the notebooks",
     "ipywidgets": "interactive figures in JupyterLab",
     "pyarrow": "Parquet, by pandas",

@@ -24,23 +24,15 @@ from llava_ta.ontology import REGIONS
 from llava_ta.phantom import Finding, draw, sample_findings
 from llava_ta.published import CHESTX_DET_GROUPS, CXAS_GROUPS, CxasSegmenter
 from llava_ta.segment import get_segmenter, write_shard
-from repository import ROOT
+from repository import ROOT, launch, run_python
 
 STORE_FILES = ("masks.safetensors", "masks.parquet", "films.parquet", "masks.json")
-LAUNCH = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-          "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
 
 
 def phantom_film(seed: int, size: int = 192, findings: Sequence[Finding] | None = None) -> np.ndarray:
     """Draw a phantom that no training saw."""
     shown = sample_findings(np.random.default_rng(seed)) if findings is None else findings
     return draw(list(shown), 930_000 + seed, size=size).film
-
-
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python on this checkout with one thread."""
-    around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=around, timeout=600)
 
 
 def same_store(one: Path, other: Path) -> list[str]:
@@ -316,13 +308,13 @@ from pathlib import Path
 import pandas as pd
 from llava_ta.core import Run, check_params
 from llava_ta.phantom import draw
-from llava_ta.segment import get_segmenter, segment_together, store_masks
+from llava_ta.segment import get_segmenter, store_masks
 folder = Path(sys.argv[1])
 films = [draw([], 950_000 + seed, size=96).film for seed in range(21)]
 studies = pd.DataFrame({"study": [f"s{row}" for row in range(21)], "row": range(21)})
 table = store_masks(folder / "store", studies, films, get_segmenter("offline", size=96, device="cpu"), 96, batch=4)
 assert len(table) == 147
-place = segment_together(Run(check_params(profile="tiny", run="shared", overrides="segment.name=offline")))
+place = Run(check_params(profile="tiny", run="shared", overrides="segment.name=offline")).make("segment")
 assert (place / "record.json").exists()
 """
 
@@ -330,8 +322,9 @@ assert (place / "record.json").exists()
 def test_two_launched_processes_equal_one(tmp_path: Path):
     """Under `accelerate launch`, a store and a run's step are those of a single process, byte by byte."""
     (tmp_path / "work.py").write_text(TOGETHER)
-    for name, launch in (("one", ()), ("two", LAUNCH)):
-        done = python(*launch, str(tmp_path / "work.py"), str(tmp_path / name), LLAVA_TA_RUNS=str(tmp_path / name))
+    for name, command in (("one", ()), ("two", launch(2))):
+        done = run_python(*command, str(tmp_path / "work.py"), str(tmp_path / name), PYTHONPATH=str(ROOT),
+                          OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(tmp_path / name))
         assert done.returncode == 0, done.stderr[-3000:]
     assert not same_store(tmp_path / "one" / "store", tmp_path / "two" / "store")
     runs = [tmp_path / name / "shared" for name in ("one", "two")]

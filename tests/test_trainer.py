@@ -1,0 +1,152 @@
+"""Training in several processes, and training that is killed: the results are those of one that was left alone."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from llava_ta import trainer
+from llava_ta.core import ScheduleSettings
+from llava_ta.trainer import Part, train
+from repository import ROOT, launch, run_python
+
+TWENTY = "train.stage1.epochs=1, train.stage2.epochs=4, train.stage2.batch=2, lora.dropout=0"
+
+
+def trained(runs: Path, *command: str, overrides: str = TWENTY) -> Path:
+    """Train the anatomy mode of the tiny profile from the command line; returns the folder of the run."""
+    options = ("--run", "r", "--overrides", overrides)
+    done = run_python(*command, "-m", "llava_ta.train", *options, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+                      LLAVA_TA_RUNS=str(runs))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return runs / "r"
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every weight that stage 2 learned."""
+    files = [checkpoint / "projector.safetensors", checkpoint / "adapter" / "adapter_model.safetensors"]
+    return {f"{file.name} {name}": weight for file in files for name, weight in load_file(file).items()}
+
+
+def test_two_processes_train_as_one(tmp_path: Path):
+    """Tower, language model, stage 1 and stage 2 under `accelerate launch`: curves and weights within 1e-5."""
+    one = trained(tmp_path / "one")
+    two = trained(tmp_path / "two", *launch(2))
+    for part in ("tower", "lm", "train/anatomy-stage1-seed0", "train/anatomy-stage2-seed0"):
+        curves = [pd.read_parquet(run / part / "curve.parquet") for run in (one, two)]
+        assert len(curves[0]) == len(curves[1]) > 3
+        assert np.allclose(curves[0].loss, curves[1].loss, atol=1e-5), part
+        assert (curves[0].tokens * (2 if part == "tower" else 1) == curves[1].tokens).all()
+    checkpoints = [run / "train/anatomy-stage2-seed0" for run in (one, two)]
+    assert len(pd.read_parquet(checkpoints[0] / "curve.parquet")) >= 20
+    here, there = map(weights_of, checkpoints)
+    assert here.keys() == there.keys()
+    assert max(float((here[name] - there[name]).abs().max()) for name in here) < 1e-5
+    metrics = [json.loads((path / "record.json").read_text())["metrics"] for path in checkpoints]
+    assert [found["processes"] for found in metrics] == [1, 2]
+    assert abs(metrics[0]["valid_loss"] - metrics[1]["valid_loss"]) < 1e-5
+
+
+OFTEN = """
+import sys
+from llava_ta import trainer
+trainer.PATIENCE, trainer.SHARE = 0.0, 0
+from llava_ta.train import main
+main(sys.argv[1:])
+"""
+
+
+def start(runs: Path, overrides: str) -> subprocess.Popen:
+    """Start a training that keeps its state after every step."""
+    around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LLAVA_TA_RUNS": str(runs)}
+    command = [sys.executable, "-c", OFTEN, "--run", "r", "--overrides", overrides]
+    return subprocess.Popen(command, env=around, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_at(process: subprocess.Popen, run: Path, step: int) -> None:
+    """Kill a training as soon as it has kept this step of stage 2, or a later one."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        states = list(run.glob("train/.anatomy-stage2-seed0.*/resume/state-*"))
+        if any(int(state.name.removeprefix("state-")) >= step for state in states):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"never came to step {step}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.slow
+def test_killed_training_ends_at_the_same_weights(tmp_path: Path):
+    """Three kills at random steps, dropout on; in between, other settings are refused by name."""
+    settings = TWENTY.replace("lora.dropout=0", "lora.dropout=0.1")
+    process = start(tmp_path / "whole", settings)
+    assert process.wait(300) == 0, process.stderr.read()[-3000:]
+    checkpoint = "r/train/anatomy-stage2-seed0"
+    wanted = weights_of(tmp_path / "whole" / checkpoint)
+    steps = sorted(random.Random(0).sample(range(2, 18), 3))
+    for step in steps:
+        kill_at(start(tmp_path / "killed", settings), tmp_path / "killed" / "r", step)
+    other = start(tmp_path / "killed", settings.replace("dropout=0.1", "dropout=0.2"))
+    refusal = other.communicate()[1]
+    assert other.returncode and "lora.dropout was 0.1 and is 0.2" in refusal, refusal[-2000:]
+    last = start(tmp_path / "killed", settings)
+    assert last.wait(300) == 0, last.stderr.read()[-3000:]
+    found = weights_of(tmp_path / "killed" / checkpoint)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not (tmp_path / "killed" / checkpoint / "resume").exists()
+
+
+class Point(nn.Module):
+    """One weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, at: torch.Tensor) -> torch.Tensor:
+        return (self.weight * at).sum(1).square()
+
+
+def points(step: int) -> Sequence[Part]:
+    """Three points, drawn by the step."""
+    at = torch.randn(3, 3, generator=torch.Generator().manual_seed(step))
+    return [Part(3, lambda: {"at": at})]
+
+
+def test_full_disk_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A state that cannot be written whole does not replace the one before it, and training goes on from there."""
+    monkeypatch.setattr(trainer, "PATIENCE", 0.0)
+    monkeypatch.setattr(trainer, "SHARE", 0)
+    settings, save = ScheduleSettings(epochs=1, batch=3, lr=0.1), Accelerator.save_state
+    whole = Point()
+    train(whole, points, 12, settings, "whole")
+
+    def full(self: Accelerator, folder: Path) -> None:
+        save(self, folder)
+        if folder.name.endswith("5"):
+            (folder / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(Point(), points, 12, settings, "full disk", tmp_path)
+    assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000004"]
+    monkeypatch.setattr(Accelerator, "save_state", save)
+    again = Point()
+    curve = train(again, points, 12, settings, "room again", tmp_path).curve
+    assert torch.equal(again.weight, whole.weight) and curve.step.tolist() == list(range(12))
+    assert [path.name for path in tmp_path.iterdir()] == ["state-00000012"]
