@@ -255,6 +255,7 @@ class TrainSettings(Section):
         "random"  # data: start from standardised features at the scale of word vectors
     )
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model
+    published: str = ""  # folder of a published LLaVA-Rad checkpoint: the mode narrative is imported, not trained
     stage1: StageSettings  # projector only
     stage2: StageSettings  # see `tune`
 
@@ -527,8 +528,9 @@ def _needs(*steps: str) -> Callable[[Profile, dict], list[Ref]]:
 
 # %% ../nbs/00_core.ipynb #0247b4ff
 def _train_needs(profile: Profile, variant: dict) -> list[Ref]:
-    "Stage 2 starts from stage 1 of the same mode and seed."
-    first = [ref("train", **{**variant, "stage": 1})] if variant["stage"] == 2 else []
+    "Stage 2 starts from stage 1 of the same mode and seed, unless it is a published one."
+    published = profile.train.published and variant["mode"] == "narrative"
+    first = [ref("train", **{**variant, "stage": 1})] if variant["stage"] == 2 and not published else []
     return [ref("mapping"), ref("lm"), ref("features"), *first]
 
 # %% ../nbs/00_core.ipynb #ecdd0c56
@@ -784,6 +786,7 @@ def outside_inputs(
     if step == "segment" and profile.segment.name == "offline" and not profile.segment.weights:
         found.append(package / "weights" / "offline.safetensors")
     named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint,
+             "train": profile.train.published,
              "decompose": profile.decompose.file if profile.decompose.name == "import" else ""}
     return found + ([Path(named[step])] if named.get(step) else [])
 
@@ -873,6 +876,7 @@ HOW = {
     "data.annotations": "LLaVA-Rad's annotations from https://physionet.org (credentialed); set data.annotations",
     "tower.checkpoint": "biomedclipcxr_518_checkpoint.pt from https://huggingface.co/microsoft/llava-rad",
     "lm.checkpoint": "huggingface-cli download lmsys/vicuna-7b-v1.5, then set lm.checkpoint to the folder",
+    "train.published": "the LoRA checkpoint of LLaVA-Rad from https://huggingface.co/microsoft/llava-rad",
     "segment.weights": f"download {SEGMENTER_URLS['cxas']} (CC BY-NC-SA 4.0), "
                        f"or for chestx-det {SEGMENTER_URLS['chestx-det']}, or name the file",
     "decompose.file": "your file, a line for each study as nbs/01d_answers.ipynb says",
@@ -933,6 +937,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
     named = [
         ("tower.checkpoint", profile.tower.checkpoint),
         ("lm.checkpoint", profile.lm.checkpoint),
+        ("train.published", profile.train.published),
         ("segment.weights", weights),
         ("decompose.file", profile.decompose.file if profile.decompose.name == "import" else ""),
     ]

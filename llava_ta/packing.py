@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'BUDGET', 'Fetch', 'STEP', 'SQUARE', 'Sample', 'make_sample', 'Node', 'build_tree', 'Piece', 'Row', 'lay_out',
            'kept_patches', 'Pruner', 'share_beginnings', 'write_row', 'Batch', 'collate', 'pack', 'within_budget',
-           'pack_within', 'batch_losses', 'row_parts', 'step_flops', 'compare_packing']
+           'pack_within', 'batch_losses', 'row_parts', 'attention_flops', 'step_flops', 'compare_packing']
 
 # %% ../nbs/05c_packing.ipynb #522156f5
 import time
@@ -21,7 +21,7 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .features import image_names
 from .mapping import union_mask
@@ -435,21 +435,29 @@ def _peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     events = sorted((e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]")
     return max(np.cumsum([size for _, size in events]).tolist(), default=0)
 
+# %% ../nbs/05c_packing.ipynb #1b70eae9
+def attention_flops(
+    config: PretrainedConfig,  # of a Llama
+    pairs: int,  # of tokens that see each other
+) -> int:  # forwards and backwards
+    "Two products of vectors for each pair, head and layer, twice again on the way back."
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 12 * pairs * config.num_attention_heads * width * config.num_hidden_layers
+
 # %% ../nbs/05c_packing.ipynb #ba70a3d0
 def step_flops(
-    lm: PreTrainedModel,  # without its adapter's wrapper
+    lm: PreTrainedModel,  # without its adapter's wrapper; on the device "meta" it needs no memory
     tokens: int,  # that pass its layers
     learned: int,  # that pass its head
     pairs: int,  # of tokens that see each other
 ) -> int:  # floating-point operations of a step, forwards and backwards
     "The arithmetic that a training step cannot do without; norms, activations and the embedding are not counted."
-    config, total = lm.config, 0
+    total = 0
     for name, module in lm.named_modules():
         if isinstance(module, nn.Linear):
             rows = learned if name.endswith("lm_head") else tokens
             total += rows * module.weight.numel() * (4 + 2 * module.weight.requires_grad)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return total + 12 * pairs * config.num_attention_heads * width * config.num_hidden_layers
+    return total + attention_flops(lm.config, pairs)
 
 # %% ../nbs/05c_packing.ipynb #123938cc
 def _gradients(model: nn.Module, features: torch.Tensor, losses: torch.Tensor) -> dict[str, torch.Tensor]:

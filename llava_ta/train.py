@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RARE', 'draw_samples', 'Studies', 'study_lessons', 'standardise_projector', 'starting_model', 'spread_losses',
-           'held_out_losses', 'make_train', 'trainings', 'main']
+           'held_out_losses', 'import_published', 'make_train', 'trainings', 'main']
 
 # %% ../nbs/06_train.ipynb #16db763f
 import argparse
@@ -21,6 +21,7 @@ from torch import nn
 
 from .core import RESUME, Run, StageSettings, TrainSettings, best_device, check_params, launched, write_table
 from .features import FeatureStore, tower_weights
+from .llava_rad import import_llava_rad
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
 from .packing import Batch, Fetch, Pruner, Sample, build_tree, make_sample, pack_within, row_parts, write_row
 from .pretrain import language_model_folder
@@ -192,6 +193,22 @@ def held_out_losses(
         name: spread_losses(module, found, rank, ranks) for name, found in shown.items()
     }
 
+# %% ../nbs/06_train.ipynb #e9afa4b3
+def import_published(
+    run: Run,  # whose profile names the checkpoint, its tower and its language model
+    out: Path,  # folder to write into
+    stage: int,  # 1 or 2
+) -> dict:  # numbers for the record
+    "Make a checkpoint of the published LLaVA-Rad."
+    profile, launch = run.profile, launched()
+    folder, lm = Path(profile.train.published), language_model_folder(run)
+    model = import_llava_rad(folder, profile, stage, tower_weights(profile, run), lm).to(best_device())
+    if launch.rank == 0:
+        model.save_pretrained(out)
+    validate = held_out_losses(model, Studies(run, "valid"), profile.train)
+    with torch.no_grad():
+        return {"published": str(folder), "device": str(model.device), **validate(model, launch.rank, launch.ranks)}
+
 # %% ../nbs/06_train.ipynb #333ec76b
 def make_train(
     run: Run,  # whose features, samples and language model are used
@@ -201,8 +218,10 @@ def make_train(
     seed: int,  # of weights and order
 ) -> dict:  # numbers for the record
     "Train one stage of one mode; `out` becomes a checkpoint with `curve.parquet` beside it."
-    torch.manual_seed(seed)
     wanted: TrainSettings = run.profile.train
+    if mode == "narrative" and wanted.published:
+        return import_published(run, out, stage)
+    torch.manual_seed(seed)
     settings = wanted.stage1 if stage == 1 else wanted.stage2
     model, studies = starting_model(run, mode, stage, seed), Studies(run, "train")
     steps = count_steps(len(studies), settings)

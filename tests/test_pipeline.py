@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_ta.core import STEPS, Ref, all_variants, load_profile, read_json, ref
+from llava_ta.llava_rad import export_llava_rad
+from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
 from pipeline import Ran, command, kill_tree, papermill, surroundings
 from repository import ROOT, run_python
@@ -249,6 +251,22 @@ def test_other_wiring_runs_to_the_same_page(finished: Ran, runs: Path):
     tuned, start = (load_file(folder / "model.safetensors") for folder in (second / "lm", base))
     changed = [name for name, weight in tuned.items() if not weight.float().allclose(start[name].bfloat16().float())]
     assert len(changed) > len(tuned) / 2, "what was learned is in the checkpoint"
+
+
+def test_published_narrative_is_imported(finished: Ran, runs: Path, tmp_path: Path):
+    """A checkpoint in LLaVA-Rad's layout takes the place of training, and writes what the model behind it writes."""
+    made = runs / "tiny" / ref("train", mode="narrative", stage=2, seed=0).folder
+    export_llava_rad(LlavaTA.from_pretrained(made), tmp_path / "rad")
+    wanted = ", ".join([
+        "train.modes=[narrative]", f"train.published={tmp_path / 'rad'}", "tower.pretrain=null", "lm.pretrain=null",
+        f"tower.checkpoint={runs / 'tiny' / 'tower' / 'tower.safetensors'}", f"lm.checkpoint={runs / 'tiny' / 'lm'}"])
+    ran = papermill("06a_generate", runs, profile="tiny", run="published", overrides=wanted, mode="narrative")
+    assert ran.status == 0, ran.said
+    assert not (runs / "published" / "train" / "narrative-stage1-seed0").exists()
+    film = ref("generate", mode="narrative", stage=2, seed=0, film="real").folder
+    here, there = (pd.read_parquet(runs / run / film / "predictions.parquet") for run in ("tiny", "published"))
+    assert here.sentence.tolist() == there.sentence.tolist() and here.score.nunique() > 1
+    assert (here.score - there.score).abs().max() < 1e-5
 
 
 # ---- interruption
