@@ -8,6 +8,7 @@ __all__ = ['Prompt', 'study_prompts', 'decode', 'answer', 'FilmFeatures', 'film_
 
 # %% ../nbs/06a_generate.ipynb #1aa160b2
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,8 +222,13 @@ class Reporter:
             raise ValueError(f"film: a path or an array is wanted, got {type(film).__name__}")
         pixels = check_films([film if isinstance(film, np.ndarray) else read_film(film)])[0]
         square = fit_film(pixels, self.model.tower.settings.image_size, self.model.config.resize)
-        masks = self.segmenter.segment([square])[0].masks if self.segmenter else np.zeros((7, *square.shape), bool)
-        return FilmFeatures(self.model, square, masks)
+        if self.segmenter is None:
+            return FilmFeatures(self.model, square, np.zeros((7, *square.shape), bool))
+        found = self.segmenter.segment([square])[0]
+        if found.film != "ok":
+            warnings.warn(f"the film is {found.film}, not an upright frontal chest film: do not trust what is written",
+                          stacklevel=3)
+        return FilmFeatures(self.model, square, found.masks)
 
     def report(
         self,
