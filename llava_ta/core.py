@@ -255,6 +255,7 @@ class TrainSettings(Section):
         "random"  # data: start from standardised features at the scale of word vectors
     )
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model
+    checkpointing: bool = False  # compute activations again on the way back: a third slower, far less memory
     published: str = ""  # folder of a published LLaVA-Rad checkpoint: the mode narrative is imported, not trained
     stage1: StageSettings  # projector only
     stage2: StageSettings  # see `tune`

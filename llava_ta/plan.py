@@ -32,7 +32,6 @@ class Assumed:
     report: float = 219.0  # letters of a findings section
     rate: float = 989e12  # FLOP/s of a GPU: one H100 SXM, dense products in bfloat16 (NVIDIA's data sheet)
     use: float = 0.4  # share of that rate which a training reaches
-    checkpointing: bool = True  # whether activations are computed again on the way back, as LLaVA-Rad does
 
 # %% ../nbs/05e_plan.ipynb #1fa4cf57
 @dataclass(frozen=True)
@@ -111,12 +110,12 @@ def count_flops(
     counts: Counts,  # of some studies
     lm: LlamaForCausalLM,  # of the profile
     learned_weights: int,  # of the language model or its adapter; 0 in stage 1
-    assumed: Assumed,  # checkpointing
+    checkpointing: bool,  # whether activations are computed again on the way back
 ) -> float:  # operations
     "Forwards, again if checkpointed, and backwards."
-    passes = 3 if assumed.checkpointing else 2
+    passes = 3 if checkpointing else 2
     products = 2 * passes * (layer_weights(lm) * counts.tokens + lm.lm_head.weight.numel() * counts.learned)
-    attention = attention_flops(lm.config, 1) * counts.pairs * (4 / 3 if assumed.checkpointing else 1)
+    attention = attention_flops(lm.config, 1) * counts.pairs * (4 / 3 if checkpointing else 1)
     return products + 2 * learned_weights * counts.tokens + attention
 
 # %% ../nbs/05e_plan.ipynb #e88f855d
@@ -162,7 +161,7 @@ def plan(
         counts = sum((count_study(way, study, rows * columns, profile.mapping.preset, assumed) for study in asked),
                      Counts())
         mean = Counts(*(value / len(asked) for value in (counts.tokens, counts.learned, counts.pairs)))
-        flops = [number * stage.epochs * count_flops(mean, lm, learned, assumed)
+        flops = [number * stage.epochs * count_flops(mean, lm, learned, train.checkpointing)
                  for stage, learned in ((train.stage1, 0), (train.stage2, adapter))]
         images = len(image_names(profile.mapping.preset, ["narrative" if way == "narrative" else "anatomy"]))
         features = number * images * 2.0 * weights * rows * columns
@@ -187,6 +186,6 @@ def _memory(profile: Profile, lm: LlamaForCausalLM, tower: int, learned: int, co
     size = 2 if profile.train.dtype == "bfloat16" else 4
     hidden, inner, layers = lm.config.hidden_size, lm.config.intermediate_size, lm.config.num_hidden_layers
     frozen = size * sum(weight.numel() for weight in lm.parameters()) + 4 * tower
-    kept = counts.tokens * hidden * layers * size  # the input of each layer
-    one_layer = counts.tokens * (8 * hidden + 4 * inner) * size  # computed again, one at a time
+    one_layer = counts.tokens * (8 * hidden + 4 * inner) * size  # what a layer leaves behind
+    kept = counts.tokens * hidden * layers * size if profile.train.checkpointing else one_layer * layers
     return frozen + 16 * learned + kept + one_layer + 10 * counts.learned * lm.config.vocab_size
