@@ -261,6 +261,8 @@ class _Learner:
         )
         if logs:
             self.accelerator.init_trackers(name.replace(" ", "-"))
+        if self.accelerator.state.deepspeed_plugin:  # which asks for a number where it is given no data loader
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
         learned = [weight for weight in module.parameters() if weight.requires_grad]
         optimiser = torch.optim.AdamW(learned, lr=settings.lr, weight_decay=settings.weight_decay)
         self.module, self.optimiser = self.accelerator.prepare(module, optimiser)

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch import nn
 
@@ -108,6 +109,15 @@ def test_killed_training_ends_at_the_same_weights(tmp_path: Path):
     found = weights_of(tmp_path / "killed" / checkpoint)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert not (tmp_path / "killed" / checkpoint / "resume").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed", "nodes"])
+def test_configurations_are_read(name: str):
+    """accelerate knows every key, and the file says how it is called."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    found = load_config_from_file(str(path))
+    assert found.distributed_type.value == {"fsdp": "FSDP", "deepspeed": "DEEPSPEED"}.get(name, "MULTI_GPU")
+    assert "-m llava_ta.train" in path.read_text(encoding="utf-8")
 
 
 class Point(nn.Module):
