@@ -217,6 +217,7 @@ class LanguageSettings(Section):
     heads: int = Field(ge=1)  # attention heads
     intermediate: int = Field(ge=16)  # width of the MLP
     vocab: int = Field(ge=300)  # BPE tokens
+    bits: Literal[0, 4, 8] = 0  # of frozen weights: 0 as train.dtype says; 4 and 8 by bitsandbytes, on a GPU
     pretrain: TextSettings | None = None  # null where a checkpoint is given
 
 # %% ../nbs/00_core.ipynb #a799fa4a
@@ -353,6 +354,8 @@ def impossible(
         (lm.hidden % lm.heads != 0, f"lm.hidden: {lm.hidden} is not a multiple of lm.heads {lm.heads}"),
         ((lm.hidden // lm.heads) % 2 != 0,
          f"lm.heads: {lm.hidden // lm.heads} dimensions a head; rotary needs an even number"),
+        (lm.bits > 0 and (not lm.checkpoint or profile.train.tune == "full"),
+         f"lm.bits: {lm.bits} is for a frozen lm.checkpoint under an adapter (train.tune: lora)"),
         (bool(lm.checkpoint) == (lm.pretrain is not None),
          "lm: give either lm.checkpoint or lm.pretrain, not both or none"),
         (bool(tower.checkpoint) == (tower.pretrain is not None),

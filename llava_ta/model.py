@@ -11,6 +11,7 @@ __all__ = ['IMAGE', 'SYSTEM', 'NARRATIVE_PROMPT', 'ANATOMY_PROMPT', 'TOPIC_PROMP
 # %% ../nbs/05_model.ipynb #4e1ca985
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
@@ -200,14 +202,24 @@ def small_llama(
 def load_language_model(
     path: Path | str,  # a folder of a Llama-family model with its tokenizer
     dtype: str = "float32",  # float32 or bfloat16
+    bits: int = 0,  # 4 or 8: frozen weights held so by bitsandbytes; 0: in `dtype`
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:  # model and tokenizer
-    "Load any Llama-family model; the tokenizer's padding becomes its unknown token where it has none."
+    """Load any Llama-family model; the tokenizer's padding becomes its unknown token where it has none.
+
+    Raises ImportError if bits are wanted and bitsandbytes is not installed."""
+    more = {}
+    if bits:
+        if find_spec("bitsandbytes") is None:
+            raise ImportError(f"lm.bits={bits} needs bitsandbytes and a GPU: pip install bitsandbytes, or set lm.bits=0")
+        more = {"quantization_config": BitsAndBytesConfig(
+            load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype))}
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION
+        path, dtype=getattr(torch, dtype), attn_implementation=ATTENTION, **more
     ), tokenizer
 
 # %% ../nbs/05_model.ipynb #09221a53
@@ -227,6 +239,7 @@ class LlavaConfig:
     dtype: str = "float32"  # of the language model: float32 or bfloat16
     prune: bool = False  # whether tokens of S outside the mask are left out
     adapter: bool = False  # whether the language model has a LoRA adapter
+    bits: int = 0  # of the frozen language model: 4 or 8 by bitsandbytes
     schema: int = 1  # of this file
 
 # %% ../nbs/05_model.ipynb #c049230c
@@ -443,7 +456,7 @@ def from_pretrained(
     if absent := [str(part) for part in parts if not part.exists()]:
         raise FileNotFoundError(f"{folder}: the checkpoint is not whole, it lacks {', '.join(absent)}")
     tower = load_tower_weights(VisionTower(TowerSettings(**config.tower)), folder / "tower.safetensors")
-    lm, tokenizer = load_language_model(config.lm_checkpoint or folder / "lm", config.dtype)
+    lm, tokenizer = load_language_model(config.lm_checkpoint or folder / "lm", config.dtype, config.bits)
     if config.adapter:
         lm = PeftModel.from_pretrained(lm, folder / "adapter", is_trainable=trainable)
     model = cls(config, tower, lm, tokenizer)
@@ -470,7 +483,8 @@ def from_profile(
         tower=profile.tower.model_dump(),
         segmenter_weights="" if profile.segment.name == "truth" else profile.segment.weights,
         lm_checkpoint=profile.lm.checkpoint,
+        bits=profile.lm.bits,
     )
     tower = load_tower_weights(VisionTower(profile.tower), tower_weights)
-    lm, tokenizer = load_language_model(lm_folder, profile.train.dtype)
+    lm, tokenizer = load_language_model(lm_folder, profile.train.dtype, profile.lm.bits)
     return LlavaTA(config, tower, lm, tokenizer)

@@ -160,3 +160,34 @@ def test_full_disk_keeps_the_last_state(tmp_path: Path, monkeypatch: pytest.Monk
     curve = train(again, points, 12, settings, "room again", tmp_path).curve
     assert torch.equal(again.weight, whole.weight) and curve.step.tolist() == list(range(12))
     assert [path.name for path in tmp_path.iterdir()] == ["state-00000012"]
+
+
+# ---- several GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed"])
+def test_two_gpus_train_as_one_process(tmp_path: Path, name: str):
+    """Copies, shards and ZeRO-2 on two GPUs follow the curve of one process."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"fewer than two CUDA devices: configs/{name}.yaml has NOT been tested")
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed", reason="not installed: configs/deepspeed.yaml has NOT been tested")
+    one = trained(tmp_path / "one")
+    config = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / f"{name}.yaml"))
+    two = trained(tmp_path / "two", *config, "--num_processes", "2")
+    curves = [pd.read_parquet(run / "train/anatomy-stage2-seed0/curve.parquet") for run in (one, two)]
+    assert np.allclose(curves[0].loss, curves[1].loss, rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["train.dtype=bfloat16", "train.checkpointing=true", "lm.bits=4", "lm.bits=8"])
+def test_saving_memory_on_a_gpu(tmp_path: Path, setting: str):
+    """Half precision, checkpointing and quantised weights learn, too."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"no CUDA device: {setting} has NOT been tested")
+    base = trained(tmp_path / "base")
+    more = f"lm.checkpoint={base / 'lm'}, lm.pretrain=null, " if "bits" in setting else ""
+    run = trained(tmp_path / "run", overrides=f"{TWENTY}, {more}{setting}")
+    curve = pd.read_parquet(run / "train/anatomy-stage2-seed0/curve.parquet")
+    assert curve.loss.iloc[-5:].mean() < curve.loss.iloc[:5].mean()
