@@ -210,7 +210,7 @@ def load_language_model(
     more = {}
     if bits:
         if find_spec("bitsandbytes") is None:
-            raise ImportError(f"lm.bits={bits} needs bitsandbytes and a GPU: pip install bitsandbytes, or set lm.bits=0")
+            raise ImportError(f"lm.bits={bits} needs a GPU and bitsandbytes: pip install it, or set lm.bits=0")
         more = {"quantization_config": BitsAndBytesConfig(
             load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=getattr(torch, dtype))}
