@@ -24,7 +24,7 @@ from llava_ta.core import ScheduleSettings
 from llava_ta.trainer import Part, train
 from repository import ROOT, launch, run_python
 
-TWENTY = "train.stage1.epochs=1, train.stage2.epochs=4, train.stage2.batch=2, lora.dropout=0"
+TWENTY = "lm.pretrain.epochs=2, train.stage1.epochs=1, train.stage2.epochs=4, train.stage2.batch=2, lora.dropout=0"
 
 
 def trained(runs: Path, *command: str, overrides: str = TWENTY) -> Path:
