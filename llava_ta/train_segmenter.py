@@ -369,7 +369,7 @@ class Recipe:
 
     unet: UnetConfig = field(default_factory=UnetConfig)  # what is trained
     phantoms: int = 2000  # drawn before training starts
-    rounds: tuple[Round, ...] = (Round(192, 2300, 4e-3), Round(192, 1600, 2e-3), Round(256, 1800, 1.5e-3))
+    rounds: tuple[Round, ...] = (Round(192, 2300, 4e-3), Round(192, 1600, 2e-3), Round(256, 1000, 1.5e-3))
     batch: int = 8  # films in a step
     real: int = 3  # of these from real films with lung masks, in the first round; one less when there are pseudo-labels
     pseudo: int = 3  # of these from films with pseudo-labels, from the second round on
