@@ -362,7 +362,7 @@ class Round:
     steps: int  # optimiser steps
     lr: float  # peak; cosine to zero
 
-
+# %% ../nbs/03a_train_segmenter.ipynb #b6432f35
 @dataclass(frozen=True)
 class Recipe:
     "How the network is trained."
