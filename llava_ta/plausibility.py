@@ -213,18 +213,16 @@ def fit_limits(
 
 # %% ../nbs/02c_plausibility.ipynb #8e9e3d6d
 LIMITS: dict[str, dict[str, Limit]] = {"annotator": {
-    "mediastinum y": Limit(0.473, 0.68, 0.061, 0.043),
-    "lungs y": Limit(0.377, 0.567, 0.055, 0.529),
-    "lungs height": Limit(0.453, 0.782, 0.107, 0.08),
-    "heart per lungs": Limit(0.175, 0.317, 0.045, 0.116),
-    "mediastinum per lungs": Limit(0.258, 0.413, 0.049, 0.134),
-    "heart below mediastinum": Limit(0.029, 0.093, 0.022, 0.114),
-    "mediastinum right of spine": Limit(0.012, 0.068, 0.017, 0.143),
-    "spine in mediastinum": Limit(0.248, 0.383, 0.045, 0.175),
-    "lungs in ribs": Limit(0.536, 0.652, 0.036, 0.376),
-    "lungs wider below": Limit(0.086, 0.242, 0.058, 0.3),
-    "mediastinum wider below": Limit(0.219, 0.418, 0.069, 0.04),
-    "mediastinum brighter than lungs": Limit(0.175, 0.545, 0.111, 0.204),
+    "vertebrae y": Limit(0.475, 0.616, 0.043, 0.116),
+    "lungs y": Limit(0.377, 0.562, 0.057, 0.625),
+    "heart below mediastinum": Limit(0.03, 0.104, 0.024, 0.332),
+    "mediastinum right of spine": Limit(0.01, 0.075, 0.02, 0.12),
+    "spine in mediastinum": Limit(0.251, 0.368, 0.035, 0.318),
+    "lungs in ribs": Limit(0.574, 0.683, 0.032, 0.413),
+    "diaphragm below lungs": Limit(0.173, 0.375, 0.066, 0.008),
+    "lungs wider below": Limit(0.094, 0.234, 0.056, 0.233),
+    "mediastinum wider below": Limit(0.2, 0.366, 0.058, 0.145),
+    "mediastinum brighter than lungs": Limit(0.208, 0.558, 0.11, 0.94),
 }}
 DOUBTFUL = 1.0  # score above which masks are no anatomy of a frontal film
 SEEN_ON_EVERY_FILM: tuple[str, ...] = ("vertebrae", "ribs", "mediastinum", "heart", "lungs")

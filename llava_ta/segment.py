@@ -89,8 +89,8 @@ class TruthSegmenter:
 class UnetConfig:
     "Everything needed to use a set of weights; kept in the header of their file."
 
-    widths: tuple[int, ...] = (20, 32, 48, 64, 80)  # channels of each level
-    size: int = 192  # px of the film that the network sees
+    widths: tuple[int, ...] = (16, 32, 64, 96, 128, 160)  # channels of each level
+    size: int = 256  # px of the film that the network sees
     percentiles: tuple[float, float] = (1.0, 99.0)  # of a film, mapped to -1 and 1
     thresholds: tuple[float, ...] = (0.5,) * len(REGIONS)  # probability that counts as inside, for each region
     islands: tuple[float, ...] = (0.002,) * len(REGIONS)  # pieces below this share of the film are dropped

@@ -1,9 +1,10 @@
-"""Refuse files that are too large for the repository: notebooks over 500 kB, anything over 1 MB."""
+"""Refuse files that are too large for the repository: notebooks over 500 kB, weights over 4 MB, others over 1 MB."""
 
 import sys
 from pathlib import Path
 
 NOTEBOOK_LIMIT = 500_000  # bytes: a stored figure that needs more shows too much data
+WEIGHTS_LIMIT = 4_000_000  # bytes: the offline segmenter's, which come with the package
 FILE_LIMIT = 1_000_000  # bytes
 
 
@@ -13,7 +14,7 @@ def too_large(
     """List the files that exceed their limit."""
     found = []
     for path in paths:
-        limit = NOTEBOOK_LIMIT if path.suffix == ".ipynb" else FILE_LIMIT
+        limit = {".ipynb": NOTEBOOK_LIMIT, ".safetensors": WEIGHTS_LIMIT}.get(path.suffix, FILE_LIMIT)
         if path.is_file() and path.stat().st_size > limit:
             found.append(f"{path}: {path.stat().st_size / 1000:.0f} kB, allowed are {limit / 1000:.0f} kB")
     return found
