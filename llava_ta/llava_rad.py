@@ -114,9 +114,7 @@ def import_llava_rad(
     fill(projector, {_inner(name): value for name, value in read_weights(needed[0]).items()}, needed[0])
     if stage == 2:
         add_lora(model, read_lora(folder))
-        learned = {name.replace(".default", ""): weight
-                   for name, weight in model.lm.named_parameters() if "lora_" in name}
-        fill(learned, read_weights(adapter), adapter)
+        fill(_adapter(model), read_weights(adapter), adapter)
     return model.eval()
 
 
@@ -124,6 +122,11 @@ def _inner(name: str) -> str:
     "The name of a projector's weight from `mm_projector` on; other names stay as they are."
     _, found, rest = name.rpartition("mm_projector.")
     return found + rest if found else name
+
+
+def _adapter(model: LlavaTA) -> dict[str, torch.Tensor]:
+    "An adapter's weights by the names that peft writes."
+    return {name.replace(".default", ""): w.detach() for name, w in model.lm.named_parameters() if "lora_" in name}
 
 # %% ../nbs/05d_llava_rad.ipynb #eb93bdfe
 def export_llava_rad(
@@ -137,8 +140,7 @@ def export_llava_rad(
     folder.mkdir(parents=True, exist_ok=True)
     projector = {f"base_model.model.model.mm_projector.{name}": w for name, w in model.projector.state_dict().items()}
     torch.save(projector, folder / STAGE2)
-    adapter = {name.replace(".default", ""): w.detach() for name, w in model.lm.named_parameters() if "lora_" in name}
-    torch.save(adapter, folder / f"{ADAPTER}.bin")
+    torch.save(_adapter(model), folder / f"{ADAPTER}.bin")
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "r": given.r, "lora_alpha": given.lora_alpha, "lora_dropout": given.lora_dropout,
         "bias": "none", "task_type": "CAUSAL_LM", "target_modules": sorted(given.target_modules)})

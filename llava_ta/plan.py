@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import timm
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from .core import STUDIES, Profile, root
 from .features import image_names, store_bytes
-from .model import IMAGE, prompt_pieces
+from .model import IMAGE, VisionTower, prompt_pieces, small_llama
 from .ontology import region_set
 from .packing import attention_flops
 
@@ -84,11 +83,8 @@ def language_model(
     profile: Profile,  # sizes
 ) -> LlamaForCausalLM:  # without memory, for counting
     "The language model of a profile, on no device."
-    lm = profile.lm
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(
-            hidden_size=lm.hidden, num_hidden_layers=lm.layers, num_attention_heads=lm.heads,
-            intermediate_size=lm.intermediate, vocab_size=lm.vocab, tie_word_embeddings=False))
+        return small_llama(profile.lm, profile.lm.vocab)
 
 # %% ../nbs/05e_plan.ipynb #18752be7
 def layer_weights(
@@ -132,13 +128,9 @@ def read_topics(
 
 def _tower(profile: Profile) -> tuple[int, int, int, int]:
     "Rows, columns and width of a tower's tokens, and its weights; built without memory."
-    settings = profile.tower
-    sized = {"img_size": settings.image_size} if "vit" in settings.name else {}
     with torch.device("meta"):
-        trunk = timm.create_model(settings.name, num_classes=0, in_chans=settings.channels, **sized, **settings.args)
-        film = torch.zeros(1, settings.channels, settings.image_size, settings.image_size)
-        shape = trunk.eval().forward_intermediates(film, indices=[settings.layer], intermediates_only=True)[0].shape
-    return shape[2], shape[3], shape[1], sum(weight.numel() for weight in trunk.parameters())
+        tower = VisionTower(profile.tower)
+    return *tower.shape(), sum(weight.numel() for weight in tower.parameters())
 
 # %% ../nbs/05e_plan.ipynb #dc868b61
 def plan(
