@@ -198,6 +198,7 @@ class TowerSettings(Section):
     std: list[Annotated[float, Field(gt=0)]] = [0.25]  # of the normalisation
     channels: Literal[1, 3] = 1  # 1 for towers trained here, 3 for published ones
     args: dict[str, Any] = {}  # further arguments of timm.create_model
+    features: Literal["auto", "store", "live"] = "auto"  # on disk, or found in each step; auto: on disk if they fit
     pretrain: ContrastiveSettings | None = None  # null where a checkpoint is given
 
 # %% ../nbs/00_core.ipynb #abec07ba
@@ -625,6 +626,7 @@ STEPS: dict[str, Step] = {
         _needs("data", "segment", "mapping", "tower"),
         ("tower", "mapping", "train"),
         ("model", "mapping", "masks"),
+        together=True,
     ),
     "train": Step(
         "06_train",

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .core import Run, best_device, progress, write_table
-from .features import FeatureStore, film_features, image_names
+from .features import Features, black_film, film_features, image_names, open_features
 from .films import fit_film, read_film
 from .mapping import union_mask
 from .masks import MaskStore, check_films
@@ -77,7 +77,7 @@ def _pad_left(rows: Sequence[Row]) -> tuple[torch.Tensor, ...]:
 def decode(
     model: LlavaTA,  # in evaluation mode
     prompts: Sequence[Prompt],  # of about equal length
-    features: FeatureStore,  # where the films' features are
+    features: Features,  # where the films' features are
     tokens: int,  # longest answer
 ) -> list[tuple[str, float]]:  # text and score in (0, 1], one for each prompt
     "Answer some prompts together, greedily."
@@ -114,7 +114,7 @@ def decode(
 def answer(
     model: LlavaTA,  # in evaluation mode
     prompts: Sequence[Prompt],  # any number
-    features: FeatureStore,  # where the films' features are
+    features: Features,  # where the films' features are
     tokens: int,  # longest answer
     batch: int = 256,  # prompts decoded together
     desc: str = "generate",  # for the progress bar
@@ -132,7 +132,7 @@ def answer(
     )
 
 # %% ../nbs/06a_generate.ipynb #7b7fb0b8
-class FilmFeatures(FeatureStore):
+class FilmFeatures(Features):
     """The features of a single film, in memory, with the interface of the store.
 
     `empty` names regions not found in it, `kept` the tokens of S that are shown."""
@@ -144,13 +144,13 @@ class FilmFeatures(FeatureStore):
         masks: np.ndarray,  # bool [7, h, w]
     ):
         names = image_names(model.config.preset, [model.config.mode])
+        super().__init__(names, 1, black_film(model.tower))
         self.kept = Pruner(model, [masks])(0)
         self.empty = {name for name in names if name != "film" and not union_mask(masks, name).any()}
-        found = film_features(model.tower, [film], [masks], names, model.config.dilate)
-        self.names = {name: number for number, name in enumerate(names)}
-        self.slice, self.films, self.tokens, self.width = found, 1, found.shape[2], found.shape[3]
-        with torch.inference_mode():
-            self.black = model.tower(torch.zeros(1, *film.shape))[0].cpu()
+        self.found = film_features(model.tower, [film], [masks], names, model.config.dilate)[0]
+
+    def _images(self, images: list[tuple[int, str]]) -> list[torch.Tensor]:
+        return [self.found[self.names[name]] for _, name in images]
 
 # %% ../nbs/06a_generate.ipynb #719c6d96
 def film_rows(
@@ -185,7 +185,7 @@ def make_generate(
     prompts = [prompt for study, row in zip(studies.study, shown)
                for prompt in study_prompts(model, study, row, kept=pruner(row))]
     tokens = settings.report_tokens if mode == "narrative" else settings.topic_tokens
-    said = answer(model, prompts, FeatureStore(run.path("features")), tokens, settings.batch, f"{mode}, {film} film")
+    said = answer(model, prompts, open_features(run), tokens, settings.batch, f"{mode}, {film} film")
     write_table(out / "predictions.parquet", said.assign(mode=mode, stage=stage, seed=seed, film=film))
     return {
         "studies": len(studies),

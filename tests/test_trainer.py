@@ -42,9 +42,14 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name} {name}": weight for file in files for name, weight in load_file(file).items()}
 
 
-def test_two_processes_train_as_one(tmp_path: Path):
-    """Tower, language model, stage 1 and stage 2 under `accelerate launch`: curves and weights within 1e-5."""
-    one = trained(tmp_path / "one")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process."""
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+def test_two_processes_train_as_one(one: Path, tmp_path: Path):
+    """Tower, language model, features, stage 1 and 2 under `accelerate launch`: curves and weights within 1e-5."""
     two = trained(tmp_path / "two", *launch(2))
     for part in ("tower", "lm", "train/anatomy-stage1-seed0", "train/anatomy-stage2-seed0"):
         curves = [pd.read_parquet(run / part / "curve.parquet") for run in (one, two)]
@@ -59,6 +64,14 @@ def test_two_processes_train_as_one(tmp_path: Path):
     metrics = [json.loads((path / "record.json").read_text())["metrics"] for path in checkpoints]
     assert [found["processes"] for found in metrics] == [1, 2]
     assert abs(metrics[0]["valid_loss"] - metrics[1]["valid_loss"]) < 1e-5
+
+
+def test_the_tower_may_run_inside_the_step(one: Path, tmp_path: Path):
+    """Without a feature store, training and what it learns are the same up to rounding."""
+    live = trained(tmp_path, overrides=f"{TWENTY}, tower.features=live")
+    assert sorted(path.name for path in (live / "features").glob("*.safetensors")) == ["black.safetensors"]
+    here, there = (pd.read_parquet(run / "train/anatomy-stage2-seed0/curve.parquet").loss for run in (one, live))
+    assert len(here) == len(there) and np.allclose(here, there, atol=1e-3)
 
 
 OFTEN = """
