@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['Mode', 'PROFILES', 'FIGURE_MODES', 'STEPS', 'MIMIC_LISTS', 'LLAVA_RAD_LISTS', 'TABLES', 'SEGMENTER_URLS', 'STUDIES',
-           'RATES', 'HOW', 'RESUME', 'MADE_FROM', 'atomic_path', 'write_json', 'read_json', 'write_table', 'root',
-           'runs_dir', 'Section', 'DataSettings', 'DecomposeSettings', 'SegmentSettings', 'MappingSettings',
-           'ScheduleSettings', 'ContrastiveSettings', 'TowerSettings', 'TextSettings', 'LanguageSettings',
-           'LoraSettings', 'StageSettings', 'TrainSettings', 'GenerateSettings', 'EvaluateSettings', 'BiasSettings',
-           'Profile', 'impossible', 'parse_overrides', 'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step',
-           'all_variants', 'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'source_tables',
-           'outside_inputs', 'progress', 'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights',
-           'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
+           'HOW', 'RESUME', 'MADE_FROM', 'atomic_path', 'write_json', 'read_json', 'write_table', 'root', 'runs_dir',
+           'Section', 'DataSettings', 'DecomposeSettings', 'SegmentSettings', 'MappingSettings', 'ScheduleSettings',
+           'ContrastiveSettings', 'TowerSettings', 'TextSettings', 'LanguageSettings', 'LoraSettings', 'StageSettings',
+           'TrainSettings', 'GenerateSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible',
+           'parse_overrides', 'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants',
+           'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'source_tables', 'outside_inputs',
+           'progress', 'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights', 'Preflight',
+           'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -872,7 +872,6 @@ STUDIES = {
     "mimic gpt4": (237_073, 2_461),
     "folder": (1000, 100),
 }  # train, scored: where a profile says null; of a folder that is there, the lines of its table count
-RATES = {"cpu": 6e10, "gpu": 3e14}  # FLOP/s assumed: two laptop cores in fp32, one H100 in bf16 at 30 % use
 HOW = {
     "data.dir openi": "a folder for Open-i in $LLAVA_TA_OPENI_DIR: yours, or nbs/01_data -p download openi fills it",
     "data.dir mimic": "MIMIC-CXR-JPG 2.1.0 from https://physionet.org (credentialed); set $LLAVA_TA_MIMIC_DIR",
@@ -906,8 +905,8 @@ class Preflight:
         ]
         hours = f"{self.hours:.1f} h" if self.hours >= 1 else f"{self.hours * 60:.0f} min"
         disk, memory = f"{self.disk / 1e9:.1f} GB of disk", f"{self.memory / 1e9:.1f} GB of memory"
-        need = f"about {disk}, {memory}, {hours} of one {self.device}"
-        return "\n".join([*lines, f"needs:  {need} (estimates from the profile)"])
+        need = f"at most about {disk}, {memory}, {hours} of one {self.device}"
+        return "\n".join([*lines, f"needs:  {need} (see 05e_plan)"])
 
 # %% ../nbs/00_core.ipynb #f1ff515e
 def absent_data(
@@ -968,27 +967,14 @@ def preflight(
     profile: Profile,  # any
 ) -> Preflight:  # print it
     "List what is absent and estimate what a profile costs; nothing is read but names, and the lines of a user's table."
-    train, scored = _numbers(profile)
-    lm, tower = profile.lm, profile.tower
-    weights = lm.layers * (4 * lm.hidden**2 + 3 * lm.hidden * lm.intermediate) + 2 * lm.vocab * lm.hidden
-    patches = (tower.image_size // (14 if tower.channels == 3 else 32)) ** 2
-    width = 4 if profile.train.dtype == "float32" else 2
-    tokens = sum(
-        {"narrative": patches + 100, "topic": patches + 600, "anatomy": 7 * patches + 600}[m]
-        for m in profile.train.modes
-    )
-    epochs = profile.train.stage1.epochs + profile.train.stage2.epochs
-    flops = train * tokens * epochs * 6 * weights * len(profile.train.seeds)
-    device = "gpu" if weights > 1e9 else "cpu"
-    stored = (train + scored) * (7 * patches * 768 * 2 + profile.data.size**2)
-    memory = weights * width * 1.3 + profile.train.stage2.batch * 7 * patches * lm.hidden * lm.layers * 16 + 1.5e9
-    return Preflight(_absent(profile), stored + weights * width, memory, flops / RATES[device] / 3600, device)
+    costs = importlib.import_module("llava_ta.plan").estimate(profile, *_numbers(profile))
+    return Preflight(_absent(profile), **costs)
 
 # %% ../nbs/00_core.ipynb #15bf907d
 def _refuse_absent(profile: Profile) -> None:
     "Raise FileNotFoundError with the whole preflight if a file that the profile names is not there."
-    if (checked := preflight(profile)).absent:
-        raise FileNotFoundError(f"this profile cannot run yet:\n{checked}")
+    if _absent(profile):
+        raise FileNotFoundError(f"this profile cannot run yet:\n{preflight(profile)}")
 
 # %% ../nbs/00_core.ipynb #cf41d240
 @lru_cache(maxsize=1)

@@ -52,7 +52,7 @@ def see(
     "Features of some images, in one pass of the tower."
     return tower(torch.from_numpy(np.stack(images))).half().cpu()
 
-
+# %% ../nbs/05b_features.ipynb #4283c392
 def film_features(
     tower: VisionTower,  # frozen, in evaluation mode
     films: Sequence[np.ndarray],  # float32 [H, W] each
@@ -64,7 +64,7 @@ def film_features(
     images = [named_image(film, mask, name, dilate) for film, mask in zip(films, masks, strict=True) for name in names]
     return see(tower, images).unflatten(0, (len(films), len(names)))
 
-
+# %% ../nbs/05b_features.ipynb #e3ce41a8
 def black_film(
     tower: VisionTower,  # frozen, in evaluation mode
 ) -> torch.Tensor:  # float16 [N, D]
@@ -184,7 +184,7 @@ def write_features(
         _write_index(folder, tower, names, {"films": len(films), "shard": size})
     launch.wait()
 
-
+# %% ../nbs/05b_features.ipynb #ec387370
 def _write_index(folder: Path, tower: VisionTower, names: Sequence[str], about: dict) -> None:
     "What a store says of itself, and the black film; the index is written last."
     with atomic_path(folder / "black.safetensors") as beside:
@@ -240,7 +240,7 @@ def make_features(
     return {"films": len(films), "images": len(names), "tokens": rows * columns, "width": width,
             "stored": stored, "megabytes": round(size / 1e6, 1)}
 
-
+# %% ../nbs/05b_features.ipynb #eebbdce6
 def open_features(
     run: Run,  # whose features step is done
 ) -> Features:  # from disk, or from the tower
