@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from .core import Profile, Run, best_device, progress, write_table
 from .data import FilmStore, unpack_masks
+from .decoding import Choice
 from .features import Features, open_features
 from .generate import Prompt, answer, study_prompts
 from .mapping import segmented_image, union_mask
@@ -351,7 +352,7 @@ def look_at_findings(
     pruner = Pruner(model, MaskStore(run.path("segment")))
     prompts = [study_prompts(model, case.study, case.row, [case.topic], pruner(case.row))[0]
                for case in cases.itertuples()]
-    said = answer(model, prompts, features, settings.topic_tokens, settings.batch, "sentences").sentence.tolist()
+    said = answer(model, prompts, features, Choice(settings.topic_tokens), desc="sentences").sentence.tolist()
     found = [asserts(sentence, topic) for sentence, topic in zip(said, cases.topic)]
     black = [replace(prompt, row=None, kept={}) for prompt in prompts]
     blind = look(model, black, said, features, desc="attention, black film")

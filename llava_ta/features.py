@@ -74,7 +74,9 @@ def black_film(
 
 # %% ../nbs/05b_features.ipynb #600bc7bc
 class Features:
-    "Features of films by row and image name; `black` is the film without any light, float32 [N, D]."
+    """Features of films by row and image name; `black` is the film without any light, float32 [N, D].
+
+    It is what a row of None gives, and what the name "black" gives of any row."""
 
     def __init__(
         self,
@@ -91,14 +93,12 @@ class Features:
         raise NotImplementedError
 
     def stack(self, images: Iterable[tuple[int | None, str]]) -> torch.Tensor:
-        """float32 [M, N, D] of several images; a row of None gives the black film.
-
-        Raises KeyError on an unknown name, IndexError on an unknown row."""
-        wanted = list(images)
+        "float32 [M, N, D] of several images; raises KeyError on an unknown name, IndexError on an unknown row."
+        wanted = [(None if name == "black" else row, name) for row, name in images]
         for row, name in wanted:
             if row is not None and not 0 <= row < self.films:
                 raise IndexError(f"film {row}: there are features of {self.films}")
-            if name not in self.names:
+            if name != "black" and name not in self.names:
                 raise KeyError(f"image '{name}': there are features of {', '.join(self.names)}")
         different = list(dict.fromkeys((row, name) for row, name in wanted if row is not None))
         found = dict(zip(different, self._images(different))) if different else {}

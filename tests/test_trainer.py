@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,30 @@ def test_the_tower_may_run_inside_the_step(one: Path, tmp_path: Path):
     assert sorted(path.name for path in (live / "features").glob("*.safetensors")) == ["black.safetensors"]
     here, there = (pd.read_parquet(run / "train/anatomy-stage2-seed0/curve.parquet").loss for run in (one, live))
     assert len(here) == len(there) and np.allclose(here, there, atol=1e-3)
+
+
+GENERATE = """
+import sys
+from llava_ta import generate
+from llava_ta.core import Run, check_params
+generate.PART = 3
+run = Run(check_params(profile="tiny", run="r", overrides=sys.argv[1]))
+run.make("generate", mode="anatomy", stage=2, seed=0, film=sys.argv[2])
+"""
+
+
+def test_two_processes_generate_as_one(one: Path, tmp_path: Path):
+    """Under `accelerate launch` the studies are shared, and nobody's sentence is lost or changed."""
+    (tmp_path / "work.py").write_text(GENERATE)
+    shutil.copytree(one, tmp_path / "two" / "r")
+    for runs, command in ((one.parent, ()), (tmp_path / "two", launch(2))):
+        done = run_python(*command, str(tmp_path / "work.py"), TWENTY, "real", PYTHONPATH=str(ROOT),
+                          OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(runs))
+        assert done.returncode == 0, done.stderr[-3000:]
+    here, there = (pd.read_parquet(run / "generate/anatomy-stage2-seed0-real/predictions.parquet")
+                   for run in (one, tmp_path / "two" / "r"))
+    assert len(here) > 20 and here.drop(columns="score").equals(there.drop(columns="score"))
+    assert np.allclose(here.score, there.score, atol=1e-5)
 
 
 OFTEN = """
