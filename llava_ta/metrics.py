@@ -209,7 +209,7 @@ def bleu(
 
 # %% ../nbs/06b_metrics.ipynb #cfb42579
 class _Spaces:
-    "Tokenise at single spaces, as pycocoevalcap's ROUGE does: two in a row give an empty word, which no text has alone."
+    "Tokenise at single spaces, as pycocoevalcap's ROUGE does: two in a row give an empty word."
 
     def tokenize(self, text: str) -> list[str]:
         return text.split(" ") if text else []
