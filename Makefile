@@ -18,7 +18,7 @@ SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help install demo openi test test-slow test-gpu lab docs prepare outputs export check clean
+.PHONY: help install demo openi test test-slow test-gpu radgraph lab docs prepare outputs export check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -77,6 +77,9 @@ test-slow: $(STAMP)  ## a wheel in a clean environment, killing and resuming: up
 
 test-gpu: $(STAMP)  ## what needs a GPU
 	python -m pytest tests -m gpu
+
+radgraph: $(STAMP)  ## environments of their own for RadGraph F1: 6 GB each with CUDA
+	python -m llava_ta.radgraph install $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	jupyter lab --notebook-dir nbs
