@@ -7,11 +7,11 @@ __all__ = ['Mode', 'PROFILES', 'FIGURE_MODES', 'STEPS', 'MIMIC_LISTS', 'LLAVA_RA
            'RATES', 'HOW', 'RESUME', 'MADE_FROM', 'atomic_path', 'write_json', 'read_json', 'write_table', 'root',
            'runs_dir', 'Section', 'DataSettings', 'DecomposeSettings', 'SegmentSettings', 'MappingSettings',
            'ScheduleSettings', 'ContrastiveSettings', 'TowerSettings', 'TextSettings', 'LanguageSettings',
-           'LoraSettings', 'StageSettings', 'TrainSettings', 'GenerateSettings', 'EvaluateSettings', 'BiasSettings',
-           'Profile', 'impossible', 'parse_overrides', 'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step',
-           'all_variants', 'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir', 'source_tables',
-           'outside_inputs', 'progress', 'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights',
-           'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
+           'LoraSettings', 'StageSettings', 'TrainSettings', 'GenerateSettings', 'SelectSettings', 'EvaluateSettings',
+           'BiasSettings', 'Profile', 'impossible', 'parse_overrides', 'load_profile', 'Settings', 'check_params',
+           'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest', 'module_digest', 'path_digest', 'data_dir',
+           'source_tables', 'outside_inputs', 'progress', 'seed_everything', 'best_device', 'Launch', 'launched',
+           'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'commit', 'Run', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -271,6 +271,21 @@ class GenerateSettings(Section):
     topic_tokens: int = Field(40, ge=1)  # longest sentence
     report_tokens: int = Field(140, ge=1)  # longest narrative report
 
+# %% ../nbs/00_core.ipynb #5d3bb180
+class SelectSettings(Section):
+    "How the topics to ask about are chosen from a film."
+
+    by: Literal["heads", "lm"] = "heads"  # who decides: heads on frozen features, or the language model's likelihoods
+    folds: int = Field(5, ge=2)  # of the cross-fitting in the training split, by patient
+    min_positives: int = Field(10, ge=2)  # patients with a finding, and without, that it needs; else its prevalence
+    studies: int | None = Field(20_000, ge=1)  # of the training split to learn from; null for all
+    lm_studies: int = Field(300, ge=0)  # of them, judged by the language model; 0: it is not asked
+
+    def checkpoint(self, profile: "Profile") -> dict[str, Any]:
+        "Which checkpoint judges: variant of the step `train`; empty if none does."
+        modes = [mode for mode in ("anatomy", "topic") if mode in profile.train.modes]
+        return {"mode": modes[0], "stage": 2, "seed": profile.train.seeds[0]} if modes and self.lm_studies else {}
+
 # %% ../nbs/00_core.ipynb #0a2428bf
 class EvaluateSettings(Section):
     "How it is scored."
@@ -301,6 +316,7 @@ class Profile(Section):
     lora: LoraSettings
     train: TrainSettings
     generate: GenerateSettings = GenerateSettings()
+    select: SelectSettings = SelectSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     bias: BiasSettings = BiasSettings()
 
@@ -337,6 +353,8 @@ def impossible(
     return [
         *_twice(profile),
         *_unchecked(profile),
+        (profile.select.by == "lm" and not profile.select.checkpoint(profile),
+         "select.by: 'lm' needs train.modes with 'anatomy' or 'topic', and select.lm_studies above 0"),
         ("real" not in profile.generate.films,
          f"generate.films: {profile.generate.films} lacks 'real'; blind films are scored beside it, never alone"),
         ({len(tower.mean), len(tower.std)} != {tower.channels},
@@ -553,10 +571,17 @@ def all_variants(
     keys = STEPS[step].keys
     return [ref(step, **dict(zip(keys, chosen))) for chosen in product(*(values[key] for key in keys))]
 
+# %% ../nbs/00_core.ipynb #33235637
+def _select_needs(profile: Profile, variant: dict) -> list[Ref]:
+    "Heads need features; the language model's likelihoods need a checkpoint and the masks it was trained with."
+    checkpoint = profile.select.checkpoint(profile)
+    judged = [ref("segment"), ref("train", **checkpoint)] if checkpoint else []
+    return [ref("data"), ref("mapping"), ref("features"), *judged]
+
 # %% ../nbs/00_core.ipynb #69710aee
 def _evaluate_needs(profile: Profile, variant: dict) -> list[Ref]:
     "Scores need the predictions of every system, with every film."
-    return [ref("data"), ref("mapping"), *all_variants("generate", profile)]
+    return [ref("data"), ref("mapping"), ref("select"), *all_variants("generate", profile)]
 
 # %% ../nbs/00_core.ipynb #3cc248c6
 def _final(modes: Iterable[str]) -> Callable[[Profile, dict], list[Ref]]:
@@ -644,6 +669,13 @@ STEPS: dict[str, Step] = {
         ("model", "packing", "tree_attention"),
         keys=("mode", "stage", "seed", "film"),
         parameters={"mode": "all"},
+    ),
+    "select": Step(
+        "06c_select",
+        "select.make_select",
+        _select_needs,
+        ("select",),
+        ("ontology", "features", "model", "packing", "tree_attention"),
     ),
     "evaluate": Step(
         "07_evaluate",
