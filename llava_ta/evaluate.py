@@ -12,7 +12,7 @@ __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTI
 
 # %% ../nbs/07_evaluate.ipynb #351e4c30
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN', 'SHARD_FILMS', 'SHARD_BYTES', 'image_names', 'store_bytes', 'see', 'film_features', 'black_film', 'Features',
-           'FeatureStore', 'LiveFeatures', 'write_features', 'store_fits', 'final_tower', 'tower_weights',
-           'make_features', 'open_features']
+           'FeatureStore', 'HeldFeatures', 'LiveFeatures', 'write_features', 'store_fits', 'final_tower',
+           'tower_weights', 'make_features', 'open_features']
 
 # %% ../nbs/05b_features.ipynb #ef240fcf
 import shutil
@@ -136,6 +136,22 @@ class FeatureStore(Features):
 def _shard_path(folder: Path, number: int) -> Path:
     "Where a shard is."
     return folder / f"features-{number:05d}.safetensors"
+
+# %% ../nbs/05b_features.ipynb #4439ea6c
+class HeldFeatures(Features):
+    "Features in memory."
+
+    def __init__(
+        self,
+        names: Sequence[str],  # of the images
+        found: torch.Tensor,  # [films, names, N, D]
+        black: torch.Tensor | None = None,  # [N, D]; zeros if None
+    ):
+        super().__init__(names, len(found), torch.zeros_like(found[0, 0]) if black is None else black)
+        self.found = found
+
+    def _images(self, images: list[tuple[int, str]]) -> list[torch.Tensor]:
+        return [self.found[row, self.names[name]] for row, name in images]
 
 # %% ../nbs/05b_features.ipynb #3f1d9bd9
 class LiveFeatures(Features):

@@ -20,7 +20,7 @@ import torch
 
 from .core import GenerateSettings, Run, best_device, digest, launched, progress, write_table
 from .decoding import Choice, decode_prompts
-from .features import Features, black_film, film_features, image_names, open_features
+from .features import Features, HeldFeatures, black_film, film_features, image_names, open_features
 from .films import fit_film, read_film
 from .mapping import union_mask
 from .masks import MaskStore, check_films
@@ -122,7 +122,7 @@ def answer(
     return pd.DataFrame(table, columns=["study", "topic", "sentence", "score"])
 
 # %% ../nbs/06a_generate.ipynb #7b7fb0b8
-class FilmFeatures(Features):
+class FilmFeatures(HeldFeatures):
     """The features of a single film, in memory, with the interface of the store.
 
     `empty` names regions not found in it, `kept` the tokens of S that are shown."""
@@ -134,13 +134,10 @@ class FilmFeatures(Features):
         masks: np.ndarray,  # bool [7, h, w]
     ):
         names = image_names(model.config.preset, [model.config.mode])
-        super().__init__(names, 1, black_film(model.tower))
+        found = film_features(model.tower, [film], [masks], names, model.config.dilate)
+        super().__init__(names, found, black_film(model.tower))
         self.kept = Pruner(model, [masks])(0)
         self.empty = {name for name in names if name != "film" and not union_mask(masks, name).any()}
-        self.found = film_features(model.tower, [film], [masks], names, model.config.dilate)[0]
-
-    def _images(self, images: list[tuple[int, str]]) -> list[torch.Tensor]:
-        return [self.found[self.names[name]] for _, name in images]
 
 # %% ../nbs/06a_generate.ipynb #719c6d96
 def film_rows(
