@@ -359,15 +359,30 @@ def _unchecked(profile: Profile) -> list[tuple[bool, str]]:
              f"train.{name}: patience {stage.patience} and keep {stage.keep} need checks of the valid fold, not 0")
             for name, stage in stages.items()]
 
+# %% ../nbs/00_core.ipynb #a7b1b802
+def _ill_sized(profile: Profile) -> list[tuple[bool, str]]:
+    "What no language model can be."
+    lm = profile.lm
+    return [
+        (lm.hidden % lm.heads != 0, f"lm.hidden: {lm.hidden} is not a multiple of lm.heads {lm.heads}"),
+        ((lm.hidden // lm.heads) % 2 != 0,
+         f"lm.heads: {lm.hidden // lm.heads} dimensions a head; rotary needs an even number"),
+        (lm.bits > 0 and (not lm.checkpoint or profile.train.tune == "full"),
+         f"lm.bits: {lm.bits} is for a frozen lm.checkpoint under an adapter (train.tune: lora)"),
+        (bool(lm.checkpoint) == (lm.pretrain is not None),
+         "lm: give either lm.checkpoint or lm.pretrain, not both or none"),
+    ]
+
 # %% ../nbs/00_core.ipynb #f97311e5
 def impossible(
     profile: Profile,  # a profile whose fields are well typed
 ) -> list[tuple[bool, str]]:  # (is it so, why it cannot work)
     "The combinations of settings that no run could satisfy."
-    data, lm, tower, phantom = profile.data, profile.lm, profile.tower, profile.data.source == "phantom"
+    data, tower, phantom = profile.data, profile.tower, profile.data.source == "phantom"
     return [
         *_twice(profile),
         *_unchecked(profile),
+        *_ill_sized(profile),
         (profile.select.by == "lm" and not profile.select.checkpoint(profile),
          "select.by: 'lm' needs train.modes with 'anatomy' or 'topic', and select.lm_studies above 0"),
         ("real" not in profile.generate.films,
@@ -386,13 +401,6 @@ def impossible(
          "data.annotations: LLaVA-Rad's files hold the test sets 'rule-based' and 'gpt4'; set data.test_set to one"),
         (profile.generate.beams > 1 and profile.generate.temperature > 0,
          "generate.beams: beams are not drawn; set generate.beams=1 or generate.temperature=0"),
-        (lm.hidden % lm.heads != 0, f"lm.hidden: {lm.hidden} is not a multiple of lm.heads {lm.heads}"),
-        ((lm.hidden // lm.heads) % 2 != 0,
-         f"lm.heads: {lm.hidden // lm.heads} dimensions a head; rotary needs an even number"),
-        (lm.bits > 0 and (not lm.checkpoint or profile.train.tune == "full"),
-         f"lm.bits: {lm.bits} is for a frozen lm.checkpoint under an adapter (train.tune: lora)"),
-        (bool(lm.checkpoint) == (lm.pretrain is not None),
-         "lm: give either lm.checkpoint or lm.pretrain, not both or none"),
         (bool(tower.checkpoint) == (tower.pretrain is not None),
          "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
         (profile.decompose.name == "llm" and not (profile.decompose.base_url and profile.decompose.model),
@@ -621,7 +629,7 @@ def _report_needs(profile: Profile, variant: dict) -> list[Ref]:
     seed, stage, modes = profile.train.seeds[0], profile.generate.stages[-1], set(profile.train.modes)
     trained = [ref("train", mode=mode, stage=stage, seed=seed) for mode in profile.train.modes]
     figures = [step for step, some in FIGURE_MODES.items() if modes & set(some)]
-    made = [ref(step) for step in ("data", "segment", "mapping", "evaluate", *figures)]
+    made = [ref(step) for step in ("data", "segment", "mapping", "select", "evaluate", *figures)]
     return [*made, *trained, *all_variants("generate", profile)]
 
 # %% ../nbs/00_core.ipynb #3c1beaed

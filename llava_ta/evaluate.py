@@ -142,10 +142,10 @@ FREQUENT = 15  # positive references that a label must have to count in the head
 
 
 def frequent_labels(
-    numbers: pd.DataFrame,  # from `row_numbers`
+    numbers: pd.DataFrame,  # from `row_numbers`, one system or several in one mode
 ) -> list[str]:  # of `CHEXPERT_14`
-    "The labels that are frequent enough in the references."
-    positives = (np.stack(numbers.reference) == 1).sum(axis=0)
+    "The labels that are frequent enough in the references, each of which counts once."
+    positives = (np.stack(numbers.drop_duplicates(["study", "topic"]).reference) == 1).sum(axis=0)
     return [label for label, count in zip(CHEXPERT_14, positives) if count >= FREQUENT]
 
 # %% ../nbs/07_evaluate.ipynb #205d8960
@@ -244,7 +244,7 @@ def selector_predictions(
     return pd.concat([usual[usual.topic.isin(ALWAYS)],
                       found[["study", "topic"]].assign(sentence=found.topic.map(present_sentence))], ignore_index=True)
 
-
+# %% ../nbs/07_evaluate.ipynb #f583a49d
 def with_selector(
     narrative: pd.DataFrame,  # study, topic "", sentence
     chosen: pd.DataFrame,  # study, topic: what the selector chose
@@ -406,7 +406,8 @@ def difference_table(
                     continue
                 found = difference(here, first, second, metric, max(1, profile.evaluate.bootstrap))
                 rows.append({"first": "TA", "second": name, "seed": seed, "evaluation": mode, "metric": metric} | found)
-    return pd.DataFrame(rows, columns=["first", "second", "seed", "evaluation", "metric", "value", "low", "high", "p", "n"])
+    columns = ["first", "second", "seed", "evaluation", "metric", "value", "low", "high", "p", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _rows(numbers: pd.DataFrame, chosen: Mapping[str, object]) -> int:

@@ -28,7 +28,7 @@ from .core import FIGURE_MODES, DataSettings, Ref, Run, Settings
 from .core import atomic_path, check_params, commit, preflight, run_pipeline
 from .data import FilmStore
 from .decompose import get_decomposer
-from .evaluate import difference, over_seeds, published_html
+from .evaluate import over_seeds, paired_texts, published_html
 from .films import film_uri
 from .ontology import REGIONS, TOPICS, region_set
 from .segment import REGION_COLOURS, MaskStore
@@ -499,6 +499,7 @@ def _studies(run: Run) -> tuple[str, int]:
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("split == 'val' and origin == 'report'")
     films, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
     said = {mode: _predictions(run, mode) for mode in modes}
+    chosen = pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen")
     topical, articles = next((mode for mode in ("anatomy", "topic") if mode in modes), ""), []
     for name in shown_studies(studies, samples, profile.evaluate.show):
         study = studies[studies.study == name].iloc[0]
@@ -509,25 +510,22 @@ def _studies(run: Run) -> tuple[str, int]:
             rows = finding_rows(of[topical], samples[samples.study == name], topical, profile.mapping.preset)
             table = findings_html(rows, SHORT[topical])
         whole = {"narrative system, whole report": of["narrative"].sentence.iloc[0]} if "narrative" in modes else {}
+        if topical:
+            pair = paired_texts("report-assembled", of[topical], studies[studies.study == name], samples, chosen)
+            whole[f"{SHORT[topical]}, asked about what the selector chose, assembled"] = pair.prediction[0]
         articles.append(study_html(name, picture, table, {**whole, "true report": study.findings}))
     return "".join(articles), len(articles)
 
 # %% ../nbs/11_reproduce.ipynb #e63a4f6d
-def _differences(run: Run, evaluation: str) -> str:
-    "The comparisons that matter, paired by patient; only those of which the profile has both sides."
-    profile, numbers = run.profile, pd.read_parquet(run.path("evaluate") / "per_study.parquet")
-    common = {"stage": profile.generate.stages[-1], "seed": profile.train.seeds[0], "evaluation": evaluation}
-    sides = [(("anatomy", "real"), ("narrative", "real"), "TA minus narrative"),
-             (("anatomy", "real"), ("topic", "real"), "TA minus T"),
-             (("anatomy", "real"), ("anatomy", "black"), "TA: real films minus black ones"),
-             (("narrative", "real"), ("narrative", "black"), "narrative: real films minus black ones")]
+def _differences(run: Run) -> str:
+    "What separates TA from the rows that it has to beat, paired by patient."
+    table = pd.read_parquet(run.path("evaluate") / "differences.parquet")
     rows = []
-    for first, second, words in sides:
-        if all(mode in profile.train.modes and film in profile.generate.films for mode, film in (first, second)):
-            one, other = ({**common, "mode": mode, "film": film} for mode, film in (first, second))
-            found = difference(numbers, one, other, resamples=max(1, profile.evaluate.bootstrap))
-            value, low, high = (f"{100 * found[key]:+.1f}" for key in ("value", "low", "high"))
-            rows.append(f'<tr><th scope="row">{words}</th><td>{value} <small>({low} to {high})</small></td></tr>')
+    for row in table[table.seed == run.profile.train.seeds[0]].itertuples():
+        value, low, high = (f"{100 * number:+.1f}" for number in (row.value, row.low, row.high))
+        name = row.metric.removeprefix("CheXpert ").removesuffix(" (rules)")
+        rows.append(f'<tr><th scope="row">TA minus {escape(row.second)}</th><td>{name}</td>'
+                    f"<td>{value} <small>({low} to {high})</small></td><td>p = {row.p:.3f}</td></tr>")
     return f'<table class="scores differences"><tbody>{"".join(rows)}</tbody></table>' if rows else ""
 
 # %% ../nbs/11_reproduce.ipynb #0e832864
@@ -539,7 +537,7 @@ def _scores(run: Run) -> str:
         parts += [f"<h3>CheXpert macro-F1-14, mode {mode}</h3>", "<p>Higher is better. Hatched bars saw no film, a "
                   "black one, or one of another patient; what they reach is owed to habits of wording. The thin line "
                   "is the interval. Below, differences between systems on the same patients.</p>",
-                  score_bars(scores, mode), _differences(run, mode)]
+                  score_bars(scores, mode), _differences(run)]
     return (f"{''.join(parts)}<h3>All scores</h3>{(folder / 'table.html').read_text(encoding='utf-8')}"
             f"<h3>Published, for comparison</h3>{published_html()}")
 
