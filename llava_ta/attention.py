@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from .core import Profile, Run, best_device, progress, write_table
 from .data import FilmStore, unpack_masks
-from .features import FeatureStore
+from .decoding import Choice
+from .features import Features, open_features
 from .generate import Prompt, answer, study_prompts
 from .mapping import segmented_image, union_mask
 from .metrics import bootstrap_interval
@@ -84,7 +85,7 @@ def look(
     model: LlavaTA,  # in evaluation mode
     prompts: Sequence[Prompt],  # from `study_prompts`
     sentences: Sequence[str],  # what was answered; "" asks the token that chose to say nothing
-    features: FeatureStore,  # where the films' features are
+    features: Features,  # where the films' features are
     how: str = "mean",  # see `aggregate`
     batch: int = 16,  # prompts at a time
     desc: str = "attention",  # for the progress bar
@@ -347,11 +348,11 @@ def look_at_findings(
     "Let the model write each finding's sentence, then see where its words look, with the film and without."
     model = LlavaTA.from_pretrained(run.path("train", mode="anatomy", stage=2, seed=run.profile.train.seeds[0]))
     model.to(best_device())
-    features, settings = FeatureStore(run.path("features")), run.profile.generate
+    features, settings = open_features(run), run.profile.generate
     pruner = Pruner(model, MaskStore(run.path("segment")))
     prompts = [study_prompts(model, case.study, case.row, [case.topic], pruner(case.row))[0]
                for case in cases.itertuples()]
-    said = answer(model, prompts, features, settings.topic_tokens, settings.batch, "sentences").sentence.tolist()
+    said = answer(model, prompts, features, Choice(settings.topic_tokens), desc="sentences").sentence.tolist()
     found = [asserts(sentence, topic) for sentence, topic in zip(said, cases.topic)]
     black = [replace(prompt, row=None, kept={}) for prompt in prompts]
     blind = look(model, black, said, features, desc="attention, black film")

@@ -35,7 +35,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .core import LanguageSettings, LoraSettings, Profile, TowerSettings, read_json, write_json
-from .tree_attention import ATTENTION, Tree, Watch, tree_arguments
+from .tree_attention import ATTENTION, Cache, Tree, Watch, tree_arguments
 
 # %% ../nbs/05_model.ipynb #94fa0daa
 class VisionTower(nn.Module):
@@ -311,12 +311,13 @@ def last_hidden(
     positions: torch.Tensor | None = None,  # int64 [B, L]; counted from 0 if None
     tree: Tree | None = None,  # who sees whom, of a single row; causal if None
     watch: Watch | None = None,  # whose attention weights are wanted
+    cache: Cache | None = None,  # keeps the keys and values of a tree, and answers for what comes after it
 ) -> torch.Tensor:  # [B, L, H]
     "The last hidden states of a language model."
     if positions is not None:
         positions = positions.to(embedded.device)
     return lm.model(
-        inputs_embeds=embedded, position_ids=positions, use_cache=False, **tree_arguments(tree, watch)
+        inputs_embeds=embedded, position_ids=positions, use_cache=False, **tree_arguments(tree, watch, cache)
     ).last_hidden_state
 
 # %% ../nbs/05_model.ipynb #cc605864

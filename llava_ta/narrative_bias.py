@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 
 from .core import Run, best_device, progress, write_table
 from .data import FilmStore
-from .features import FeatureStore
+from .features import Features, open_features
 from .generate import film_rows
 from .metrics import bootstrap_interval
 from .model import LlavaTA
@@ -50,7 +50,7 @@ def answer_scores(
     model: LlavaTA,  # in evaluation mode
     studies: Sequence[Sequence[Sample]],  # the samples of each study
     films: Sequence[int | None | torch.Tensor],  # of each study: row of the store, None for black, or features [N, D]
-    features: FeatureStore,  # where the films' features are
+    features: Features,  # where the films' features are
     desc: str = "scoring",  # for the progress bar
     pruner: Pruner | None = None,  # which tokens of S a film's masks leave; None: all
 ) -> list[list[np.ndarray]]:  # of each study and sample: log-likelihood of each answer token, in nats
@@ -232,7 +232,7 @@ def system_scores(
         table = dict(list(pd.read_parquet(run.path("mapping") / "samples.parquet").groupby("study")))
         asked = [topic_samples(table[study], mode, template) if study in table else [] for study in reports.study]
         reports, asked = reports[[bool(samples) for samples in asked]], [samples for samples in asked if samples]
-    features, pruner, rows = FeatureStore(run.path("features")), Pruner(model, MaskStore(run.path("segment"))), []
+    features, pruner, rows = open_features(run), Pruner(model, MaskStore(run.path("segment"))), []
     for film, shown in arm_films(model, reports.row.tolist(), grey).items():
         found = answer_scores(model, asked, shown, features, desc=f"{mode}, {film} film", pruner=pruner)
         for one, scores in zip(reports.itertuples(), found):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Step', 'BUDGET', 'Fetch', 'STEP', 'SQUARE', 'Sample', 'make_sample', 'Node', 'build_tree', 'Piece', 'Row', 'lay_out',
            'kept_patches', 'Pruner', 'share_beginnings', 'write_row', 'Batch', 'collate', 'pack', 'within_budget',
-           'pack_within', 'batch_losses', 'row_parts', 'attention_flops', 'step_flops', 'compare_packing']
+           'pack_within', 'batch_losses', 'row_parts', 'peak_bytes', 'attention_flops', 'step_flops', 'seconds_of',
+           'compare_packing']
 
 # %% ../nbs/05c_packing.ipynb #522156f5
 import time
@@ -78,8 +79,7 @@ def build_tree(
                 known[step] = len(nodes)
                 nodes.append(Node(*step, place))
             place = known[step]
-        if sample.answer:
-            nodes.append(Node("answer", sample.answer, place, number))
+        nodes.append(Node("answer", sample.answer, place, number))
     return _depth_first(nodes)
 
 # %% ../nbs/05c_packing.ipynb #48f0fee1
@@ -121,6 +121,7 @@ class Row:
     where: list[int] = field(default_factory=list)  # places whose next token is learned
     targets: list[int] = field(default_factory=list)  # those tokens
     owners: list[int] = field(default_factory=list)  # the sample of each target
+    asked: dict[int, int] = field(default_factory=dict)  # of each sample: the place of its prompt's last token
 
 # %% ../nbs/05c_packing.ipynb #166eb9b6
 def lay_out(
@@ -132,6 +133,8 @@ def lay_out(
         before, start = (last[piece.parent], behind[piece.parent]) if piece.parent >= 0 else (-1, 0)
         here, steps = len(row.ids), range(len(piece.ids)) if piece.steps is None else piece.steps
         if piece.sample >= 0:
+            row.asked[piece.sample] = before
+        if piece.sample >= 0 and piece.ids:
             row.where += [before, *range(here, here + len(piece.ids) - 1)]
             row.targets += piece.ids
             row.owners += [piece.sample] * len(piece.ids)
@@ -231,7 +234,8 @@ def write_row(
             images.append(node.value)
             patches.append(shown)
         elif node.kind == "answer":
-            pieces.append(Piece(_answer_ids(model, node.value, template), node.parent, node.sample))
+            ids = _answer_ids(model, node.value, template) if node.value else []
+            pieces.append(Piece(ids, node.parent, node.sample))
         else:
             ids = [model.tokenizer.bos_token_id] if node.parent < 0 else model.encode(node.value)
             pieces.append(Piece(ids, node.parent))
@@ -253,6 +257,7 @@ class Batch:
     where: torch.Tensor  # int64 [K], places in the row whose next token is learned
     targets: torch.Tensor  # int64 [K]
     owners: torch.Tensor  # int64 [K, 2]: study of the batch, sample of that study
+    asked: list[tuple[int, int]]  # of each sample, study by study: its study, the place of its prompt's last token
 
     def shown(
         self,
@@ -290,6 +295,8 @@ def collate(
         torch.tensor([start + place for row, start in zip(rows, starts) for place in row.where], dtype=torch.long),
         torch.tensor([target for row in rows for target in row.targets], dtype=torch.long),
         torch.tensor(owners).reshape(-1, 2),
+        [(number, start + row.asked[sample]) for number, (row, start) in enumerate(zip(rows, starts))
+         for sample in sorted(row.asked)],
     )
 
 # %% ../nbs/05c_packing.ipynb #2d168f1d
@@ -423,7 +430,10 @@ def _two_ways(
     return one, _Way(ids, torch.tensor(shown), alone.where, alone.targets), len(images)
 
 # %% ../nbs/05c_packing.ipynb #d780324d
-def _peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+def peak_bytes(
+    step: Callable[[], object],  # what is done
+    device: torch.device,  # where
+) -> int:  # bytes
     "The most memory that a step's tensors hold at once."
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -467,7 +477,10 @@ def _gradients(model: nn.Module, features: torch.Tensor, losses: torch.Tensor) -
     return {name: grad for name, grad in zip(wanted, found) if grad is not None}
 
 # %% ../nbs/05c_packing.ipynb #2ce94bd3
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def seconds_of(
+    work: Callable[[], object],  # what is done
+    device: torch.device,  # where; a GPU is waited for
+) -> float:  # seconds
     "How long some work takes."
     started = time.perf_counter()
     work()
@@ -508,8 +521,8 @@ def compare_packing(
         result = {"loss_diff": abs(loss - other).item(), "grad_rel": _largest_difference(grads, others)}
         del grads, others
         work = {"packed": lambda: step(packed), "alone": lambda: step(alone), "square": lambda: square @ square}
-        times = [{name: _seconds(do, device) for name, do in work.items()} for _ in range(repeats)]
-        peaks = [_peak_bytes(work[name], device) for name in ("alone", "packed")]
+        times = [{name: seconds_of(do, device) for name, do in work.items()} for _ in range(repeats)]
+        peaks = [peak_bytes(work[name], device) for name in ("alone", "packed")]
     finally:
         lm.set_attn_implementation(former)
     middle = {name: median(one[name] for one in times) for name in work}

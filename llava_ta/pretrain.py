@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .core import RESUME, Run, TextSettings, best_device, launched, write_table
 from .data import FilmStore
 from .films import fit_film
-from .mapping import segmented_image
+from .mapping import named_image
 from .model import LlavaConfig, LlavaTA, VisionTower, small_llama, train_tokenizer
 from .packing import Sample, build_tree, make_sample, row_parts, write_row
 from .segment import MaskStore
@@ -153,7 +153,7 @@ def training_images(
     films, masks, size = FilmStore(run.path("data")), MaskStore(run.path("segment")), run.profile.tower.image_size
     def image(row: int, name: str) -> np.ndarray:
         film = fit_film(films[row], size, "squash") if films.shape[-1] != size else films[row]
-        return film if name == "film" else segmented_image(film, masks[row], name, run.profile.mapping.dilate)[0]
+        return named_image(film, masks[row], name, run.profile.mapping.dilate)
     return image
 
 # %% ../nbs/05a_pretrain.ipynb #c3eaa0cf

@@ -7,7 +7,7 @@ __all__ = ['SELECTED', 'ALWAYS', 'STRENGTHS', 'NIH_TOPICS', 'present_topics', 'h
            'Head', 'fit_head', 'Selector', 'two_answers', 'log_odds', 'calibrated', 'reliability', 'auroc_interval',
            'selection_scores', 'calibration_plot', 'fit_heads', 'make_select', 'read_nih', 'nih_scores']
 
-# %% ../nbs/06c_select.ipynb #0aac078d
+# %% ../nbs/06c_select.ipynb #5277fb79
 import csv
 import os
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from .core import Run, SelectSettings, best_device, progress, read_json, write_json, write_table
-from .features import FeatureStore, film_features, final_tower
+from .features import Features, film_features, final_tower, open_features
 from .films import fit_film, read_film
 from .mapping import unmentioned_sentence
 from .masks import MaskStore
@@ -57,9 +57,9 @@ def head_images(
     regions = region_set(topic, preset)
     return ("film", regions) if regions in names else ("film",)
 
-# %% ../nbs/06c_select.ipynb #c9b83bb7
+# %% ../nbs/06c_select.ipynb #7f4eb775
 def pooled(
-    store: FeatureStore,  # or the features of a single film
+    store: Features,  # or the features of a single film
     rows: Sequence[int],  # of the films
     names: Sequence[str],  # images
 ) -> np.ndarray:  # float32 [rows, names, D]
@@ -68,7 +68,7 @@ def pooled(
         raise ValueError(f"the selector looks at {', '.join(lacking)}, the features are of {', '.join(store.names)}: "
                          "take a checkpoint of mode anatomy with the same mapping.preset")
     read = progress(rows, "pooling") if len(rows) > 1 else rows
-    return np.stack([np.stack([store.get(row, name).mean(0).numpy() for name in names]) for row in read])
+    return np.stack([store.stack((row, name) for name in names).mean(1).numpy() for row in read])
 
 # %% ../nbs/06c_select.ipynb #32a43900
 def platt(
@@ -178,7 +178,7 @@ def fit_head(
                 len(truth), strength)
     return head, probability
 
-# %% ../nbs/06c_select.ipynb #26285cb0
+# %% ../nbs/06c_select.ipynb #3a08f315
 class Selector:
     "The heads of a run, ready for films."
 
@@ -205,16 +205,16 @@ class Selector:
 
     def probabilities(
         self,
-        features: FeatureStore,  # a store, or `Reporter.features(film)`
+        features: Features,  # a store, or `Reporter.features(film)`
         row: int = 0,  # of the film
     ) -> dict[str, float]:  # topic -> calibrated probability, for each of `SELECTED`
         "How probable each topic is on a film."
         return dict(zip(SELECTED, self.table(pooled(features, [row], self.images))[0].tolist()))
 
-# %% ../nbs/06c_select.ipynb #a76e613f
+# %% ../nbs/06c_select.ipynb #ade5a474
 def _choose(
     self: Selector,
-    features: FeatureStore,  # a store, or `Reporter.features(film)`
+    features: Features,  # a store, or `Reporter.features(film)`
     row: int = 0,  # of the film
 ) -> list[tuple[str, float]]:  # (topic, probability) in ontology order; organs with probability 1
     "The topics to ask about on a film: all organs, and what is probable enough."
@@ -270,11 +270,11 @@ def two_answers(
     absent = unmentioned_sentence(topic)
     return absent.replace(" absent.", " present."), absent
 
-# %% ../nbs/06c_select.ipynb #279ef47c
+# %% ../nbs/06c_select.ipynb #9a530bee
 @torch.inference_mode()
 def log_odds(
     model: LlavaTA,  # in evaluation mode, topic or anatomy
-    store: FeatureStore,  # where the films' features are
+    store: Features,  # where the films' features are
     rows: Sequence[int],  # of the films
     topics: Sequence[str] = SELECTED,  # to be judged
     pruner: Pruner | None = None,  # what is kept of segmented images; all if None
@@ -415,13 +415,13 @@ def fit_heads(
         crossed.append(probability)
     return Selector(heads), np.stack(crossed, 1)
 
-# %% ../nbs/06c_select.ipynb #b51d7071
+# %% ../nbs/06c_select.ipynb #06ba4e93
 def _lm_probabilities(run: Run, checkpoint: Path, learned: pd.DataFrame, scored: pd.DataFrame, truth: np.ndarray
                       ) -> tuple[np.ndarray, list[dict]]:
     "The language model's probabilities for the scored studies, and how its log-odds are calibrated."
     settings = run.profile.select
     model = LlavaTA.from_pretrained(checkpoint).to(best_device()).eval()
-    store, pruner = FeatureStore(run.path("features")), Pruner(model, MaskStore(run.path("segment")))
+    store, pruner = open_features(run), Pruner(model, MaskStore(run.path("segment")))
     patients = np.unique(learned.patient, return_inverse=True)[1]
     judged = [number for number in range(len(SELECTED)) if not _too_few(truth[:, number], patients, settings)]
     odds = np.zeros((len(learned) + len(scored), len(SELECTED)))
@@ -448,7 +448,7 @@ def _long(studies: pd.DataFrame, heads: np.ndarray, lm: np.ndarray, thresholds: 
         "chosen": ({"heads": heads, "lm": lm}[by] >= cut).ravel(),
     })
 
-# %% ../nbs/06c_select.ipynb #1a402523
+# %% ../nbs/06c_select.ipynb #0aeadfbf
 def make_select(
     run: Run,  # whose features and, for the language model's part, whose checkpoint are used
     out: Path,  # folder to write into
@@ -459,7 +459,7 @@ def make_select(
     settings, preset = run.profile.select, run.profile.mapping.preset
     studies = pd.read_parquet(run.path("data") / "studies.parquet")
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("origin == 'report'")
-    told, store = studies[studies.study.isin(samples.study)], FeatureStore(run.path("features"))
+    told, store = studies[studies.study.isin(samples.study)], open_features(run)
     learned, names = _learning(told, settings.studies, 0), list(store.names)
     others = studies[~studies.split.isin(["train", "valid"])]
     truth, patients = present_topics(samples, learned.study), learned.patient.tolist()

@@ -20,7 +20,7 @@ from accelerate.utils import reduce
 from torch import nn
 
 from .core import RESUME, Run, StageSettings, TrainSettings, best_device, check_params, launched, write_table
-from .features import FeatureStore, tower_weights
+from .features import open_features, tower_weights
 from .llava_rad import import_llava_rad
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
 from .packing import Batch, Fetch, Pruner, Sample, build_tree, make_sample, pack_within, row_parts, write_row
@@ -63,7 +63,7 @@ class Studies:
         self.reports = studies.set_index("row").findings.to_dict()
         self.samples = samples[samples.row.isin(self.reports)]
         self.rows = sorted(set(self.samples.row))
-        self.features, self.masks = FeatureStore(run.path("features")), MaskStore(run.path("segment"))
+        self.features, self.masks = open_features(run), MaskStore(run.path("segment"))
         self._pruner: Pruner | None = None
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,9 +43,14 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {f"{file.name} {name}": weight for file in files for name, weight in load_file(file).items()}
 
 
-def test_two_processes_train_as_one(tmp_path: Path):
-    """Tower, language model, stage 1 and stage 2 under `accelerate launch`: curves and weights within 1e-5."""
-    one = trained(tmp_path / "one")
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a single process."""
+    return trained(tmp_path_factory.mktemp("one"))
+
+
+def test_two_processes_train_as_one(one: Path, tmp_path: Path):
+    """Tower, language model, features, stage 1 and 2 under `accelerate launch`: curves and weights within 1e-5."""
     two = trained(tmp_path / "two", *launch(2))
     for part in ("tower", "lm", "train/anatomy-stage1-seed0", "train/anatomy-stage2-seed0"):
         curves = [pd.read_parquet(run / part / "curve.parquet") for run in (one, two)]
@@ -59,6 +65,38 @@ def test_two_processes_train_as_one(tmp_path: Path):
     metrics = [json.loads((path / "record.json").read_text())["metrics"] for path in checkpoints]
     assert [found["processes"] for found in metrics] == [1, 2]
     assert abs(metrics[0]["valid_loss"] - metrics[1]["valid_loss"]) < 1e-5
+
+
+def test_the_tower_may_run_inside_the_step(one: Path, tmp_path: Path):
+    """Without a feature store, training and what it learns are the same up to rounding."""
+    live = trained(tmp_path, overrides=f"{TWENTY}, tower.features=live")
+    assert sorted(path.name for path in (live / "features").glob("*.safetensors")) == ["black.safetensors"]
+    here, there = (pd.read_parquet(run / "train/anatomy-stage2-seed0/curve.parquet").loss for run in (one, live))
+    assert len(here) == len(there) and np.allclose(here, there, atol=1e-3)
+
+
+GENERATE = """
+import sys
+from llava_ta import generate
+from llava_ta.core import Run, check_params
+generate.PART = 3
+run = Run(check_params(profile="tiny", run="r", overrides=sys.argv[1]))
+run.make("generate", mode="anatomy", stage=2, seed=0, film=sys.argv[2])
+"""
+
+
+def test_two_processes_generate_as_one(one: Path, tmp_path: Path):
+    """Under `accelerate launch` the studies are shared, and nobody's sentence is lost or changed."""
+    (tmp_path / "work.py").write_text(GENERATE)
+    shutil.copytree(one, tmp_path / "two" / "r")
+    for runs, command in ((one.parent, ()), (tmp_path / "two", launch(2))):
+        done = run_python(*command, str(tmp_path / "work.py"), TWENTY, "real", PYTHONPATH=str(ROOT),
+                          OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(runs))
+        assert done.returncode == 0, done.stderr[-3000:]
+    here, there = (pd.read_parquet(run / "generate/anatomy-stage2-seed0-real/predictions.parquet")
+                   for run in (one, tmp_path / "two" / "r"))
+    assert len(here) > 20 and here.drop(columns="score").equals(there.drop(columns="score"))
+    assert np.allclose(here.score, there.score, atol=1e-5)
 
 
 OFTEN = """
