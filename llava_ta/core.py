@@ -600,10 +600,10 @@ def all_variants(
 
 # %% ../nbs/00_core.ipynb #33235637
 def _select_needs(profile: Profile, variant: dict) -> list[Ref]:
-    "Heads need features; the language model's likelihoods need a checkpoint and the masks it was trained with."
+    "Heads need features; the language model's likelihoods need a checkpoint too."
     checkpoint = profile.select.checkpoint(profile)
-    judged = [ref("segment"), ref("train", **checkpoint)] if checkpoint else []
-    return [ref("data"), ref("mapping"), ref("features"), *judged]
+    judged = [ref("train", **checkpoint)] if checkpoint else []
+    return [ref("data"), ref("segment"), ref("mapping"), ref("features"), *judged]
 
 # %% ../nbs/00_core.ipynb #69710aee
 def _evaluate_needs(profile: Profile, variant: dict) -> list[Ref]:

@@ -7,7 +7,7 @@ __all__ = ['SELECTED', 'ALWAYS', 'STRENGTHS', 'NIH_TOPICS', 'present_topics', 'h
            'Head', 'fit_head', 'Selector', 'two_answers', 'log_odds', 'calibrated', 'reliability', 'auroc_interval',
            'selection_scores', 'calibration_plot', 'fit_heads', 'make_select', 'read_nih', 'nih_scores']
 
-# %% ../nbs/06c_select.ipynb #0aac078d
+# %% ../nbs/06c_select.ipynb #5277fb79
 import csv
 import os
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ def head_images(
     regions = region_set(topic, preset)
     return ("film", regions) if regions in names else ("film",)
 
-# %% ../nbs/06c_select.ipynb #c9b83bb7
+# %% ../nbs/06c_select.ipynb #7f4eb775
 def pooled(
     store: Features,  # or the features of a single film
     rows: Sequence[int],  # of the films
@@ -68,7 +68,7 @@ def pooled(
         raise ValueError(f"the selector looks at {', '.join(lacking)}, the features are of {', '.join(store.names)}: "
                          "take a checkpoint of mode anatomy with the same mapping.preset")
     read = progress(rows, "pooling") if len(rows) > 1 else rows
-    return np.stack([np.stack([store.get(row, name).mean(0).numpy() for name in names]) for row in read])
+    return np.stack([store.stack((row, name) for name in names).mean(1).numpy() for row in read])
 
 # %% ../nbs/06c_select.ipynb #32a43900
 def platt(
@@ -178,7 +178,7 @@ def fit_head(
                 len(truth), strength)
     return head, probability
 
-# %% ../nbs/06c_select.ipynb #26285cb0
+# %% ../nbs/06c_select.ipynb #3a08f315
 class Selector:
     "The heads of a run, ready for films."
 
@@ -211,7 +211,7 @@ class Selector:
         "How probable each topic is on a film."
         return dict(zip(SELECTED, self.table(pooled(features, [row], self.images))[0].tolist()))
 
-# %% ../nbs/06c_select.ipynb #a76e613f
+# %% ../nbs/06c_select.ipynb #ade5a474
 def _choose(
     self: Selector,
     features: Features,  # a store, or `Reporter.features(film)`
@@ -270,7 +270,7 @@ def two_answers(
     absent = unmentioned_sentence(topic)
     return absent.replace(" absent.", " present."), absent
 
-# %% ../nbs/06c_select.ipynb #279ef47c
+# %% ../nbs/06c_select.ipynb #9a530bee
 @torch.inference_mode()
 def log_odds(
     model: LlavaTA,  # in evaluation mode, topic or anatomy
@@ -415,7 +415,7 @@ def fit_heads(
         crossed.append(probability)
     return Selector(heads), np.stack(crossed, 1)
 
-# %% ../nbs/06c_select.ipynb #b51d7071
+# %% ../nbs/06c_select.ipynb #06ba4e93
 def _lm_probabilities(run: Run, checkpoint: Path, learned: pd.DataFrame, scored: pd.DataFrame, truth: np.ndarray
                       ) -> tuple[np.ndarray, list[dict]]:
     "The language model's probabilities for the scored studies, and how its log-odds are calibrated."
@@ -448,7 +448,7 @@ def _long(studies: pd.DataFrame, heads: np.ndarray, lm: np.ndarray, thresholds: 
         "chosen": ({"heads": heads, "lm": lm}[by] >= cut).ravel(),
     })
 
-# %% ../nbs/06c_select.ipynb #1a402523
+# %% ../nbs/06c_select.ipynb #0aeadfbf
 def make_select(
     run: Run,  # whose features and, for the language model's part, whose checkpoint are used
     out: Path,  # folder to write into
