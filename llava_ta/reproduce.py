@@ -25,7 +25,7 @@ from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
 from .core import FIGURE_MODES, DataSettings, Ref, Run, Settings
-from .core import atomic_path, check_params, commit, preflight, run_pipeline
+from .core import atomic_path, check_params, commit, preflight, ref, run_pipeline
 from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import over_seeds, paired_texts, published_html
@@ -328,7 +328,7 @@ def curves_figure(
     curves: dict[str, pd.DataFrame],  # mode -> step, loss
     window: int = 20,  # steps that are averaged
 ) -> go.Figure:  # a line for each mode
-    "Training loss of stage 2, smoothed."
+    "Training loss of a stage, smoothed."
     figure = go.Figure()
     for mode, curve in curves.items():
         colour, dash = CURVES[mode]
@@ -541,6 +541,18 @@ def _scores(run: Run) -> str:
     return (f"{''.join(parts)}<h3>All scores</h3>{(folder / 'table.html').read_text(encoding='utf-8')}"
             f"<h3>Published, for comparison</h3>{published_html()}")
 
+# %% ../nbs/11_reproduce.ipynb #51704945
+def _curves(run: Run, stage: int) -> str:
+    "The losses of a stage, as far as it was trained here."
+    paths = {mode: run.folder(ref("train", mode=mode, stage=stage, seed=run.profile.train.seeds[0])) / "curve.parquet"
+             for mode in run.profile.train.modes}
+    curves = {mode: pd.read_parquet(path) for mode, path in paths.items() if path.exists()}
+    if not curves:
+        return ""
+    learned = "the projector alone" if stage == 1 else "the language model with it"
+    figure = curves_figure(curves).to_html(full_html=False, include_plotlyjs=False)
+    return f'<p>Loss of stage {stage} ({learned}) on the training split.</p><div class="figure">{figure}</div>'
+
 # %% ../nbs/11_reproduce.ipynb #7cbcf13f
 def _figures(run: Run) -> dict[str, str]:
     "The sections with plotly figures."
@@ -550,17 +562,13 @@ def _figures(run: Run) -> dict[str, str]:
     modes = set(run.profile.train.modes)
     drawn = {step: figure(step) if modes & set(some) else f"<p>Not drawn: none of {', '.join(some)} was trained.</p>"
              for step, some in FIGURE_MODES.items()}
-    seed, stage = run.profile.train.seeds[0], run.profile.generate.stages[-1]
-    folders = {mode: run.path("train", mode=mode, stage=stage, seed=seed) for mode in run.profile.train.modes}
-    curves = curves_figure({mode: pd.read_parquet(folder / "curve.parquet") for mode, folder in folders.items()})
     return {
         "Narrative bias": "<p>A system is given the true beginning of a report and completes the last K sentences. The "
         "curve is what the real film adds to the probability of the true words. If it falls towards K = 1, where "
         f"nearly all text is given, the system reads the text and not the film.</p>{drawn['bias']}",
         "Attention": "<p>Where the words of a finding look: the weight that each patch of the film gets while a "
         "sentence is written. It is what the language model reads, not why it wrote a word.</p>" + drawn["attention"],
-        "Training": f'<p>Loss of stage {stage} on the training split, mean of 20 steps.</p><div class="figure">'
-        f"{curves.to_html(full_html=False, include_plotlyjs=False)}</div>",
+        "Training": "".join(_curves(run, stage) for stage in (1, 2)),
     }
 
 # %% ../nbs/11_reproduce.ipynb #ac7c61b6
