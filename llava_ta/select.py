@@ -68,7 +68,7 @@ def pooled(
         raise ValueError(f"the selector looks at {', '.join(lacking)}, the features are of {', '.join(store.names)}: "
                          "take a checkpoint of mode anatomy with the same mapping.preset")
     read = progress(rows, "pooling") if len(rows) > 1 else rows
-    return np.stack([np.stack([store.get(row, name).mean(0).numpy() for name in names]) for row in read])
+    return np.stack([store.stack((row, name) for name in names).mean(1).numpy() for row in read])
 
 # %% ../nbs/06c_select.ipynb #32a43900
 def platt(
