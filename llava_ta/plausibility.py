@@ -216,19 +216,18 @@ def fit_limits(
 
 # %% ../nbs/02c_plausibility.ipynb #8e9e3d6d
 LIMITS: dict[str, dict[str, Limit]] = {"annotator": {
-    "vertebrae y": Limit(0.475, 0.616, 0.043, 0.116),
-    "lungs y": Limit(0.377, 0.562, 0.057, 0.625),
-    "heart below mediastinum": Limit(0.03, 0.104, 0.024, 0.332),
-    "mediastinum right of spine": Limit(0.01, 0.075, 0.02, 0.12),
-    "spine in mediastinum": Limit(0.251, 0.368, 0.035, 0.318),
-    "lungs in ribs": Limit(0.574, 0.683, 0.032, 0.413),
-    "diaphragm below lungs": Limit(0.173, 0.375, 0.066, 0.008),
-    "lungs wider below": Limit(0.094, 0.234, 0.056, 0.233),
-    "mediastinum wider below": Limit(0.2, 0.366, 0.058, 0.145),
-    "mediastinum brighter than lungs": Limit(0.208, 0.558, 0.11, 0.94),
+    "vertebrae y": Limit(0.511, 0.634, 0.037, 0.057),
+    "lungs y": Limit(0.374, 0.55, 0.058, 0.518),
+    "heart below mediastinum": Limit(0.029, 0.106, 0.025, 0.225),
+    "spine in mediastinum": Limit(0.26, 0.386, 0.038, 0.29),
+    "heart in mediastinum": Limit(0.999, 1.0, 0.008, 0.04),
+    "lungs in ribs": Limit(0.573, 0.71, 0.038, 0.5),
+    "lungs wider below": Limit(0.086, 0.242, 0.051, 0.287),
+    "mediastinum wider below": Limit(0.209, 0.382, 0.054, 0.198),
+    "mediastinum brighter than lungs": Limit(0.208, 0.551, 0.108, 0.807),
 }}
 DOUBTFUL = 1.0  # score above which masks are no anatomy of a frontal film
-SEEN_ON_EVERY_FILM: tuple[str, ...] = ("vertebrae", "ribs", "mediastinum", "heart", "lungs")
+SEEN_ON_EVERY_FILM: tuple[str, ...] = ("vertebrae", "ribs", "diaphragm", "mediastinum", "heart", "lungs")
 NOT_DRAWN: dict[str, tuple[str, ...]] = {"chestx-det": ("ribs", "abdomen")}  # regions that a convention does not know
 MIRRORED = -0.03  # heart right of spine: below this it lies on the wrong side, in shares of the film
 
