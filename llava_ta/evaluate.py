@@ -13,6 +13,7 @@ __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTI
 # %% ../nbs/07_evaluate.ipynb #351e4c30
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from html import escape
 from pathlib import Path
 
@@ -48,13 +49,19 @@ def _joined(sentences: pd.DataFrame, assembled: bool = False) -> dict[str, str]:
     order = {topic: number for number, topic in enumerate(ASKED)}
     table = sentences.assign(order=sentences.topic.map(order)).sort_values("order", kind="stable")
     if assembled:
-        return {study: assemble(map(_finding, rows.itertuples())).findings for study, rows in table.groupby("study")}
+        return {study: _assembled(tuple(map(_finding, rows.itertuples()))) for study, rows in table.groupby("study")}
     return table.groupby("study").sentence.agg(concatenate).to_dict()
 
 
 def _finding(row: object) -> TopicFinding:
     "What `assemble` wants of a row of predictions."
     return TopicFinding(row.topic, "", getattr(row, "score", 1.0), row.sentence)
+
+
+@lru_cache(maxsize=20_000)
+def _assembled(findings: tuple[TopicFinding, ...]) -> str:
+    "An assembled report; blind systems say the same of many films."
+    return assemble(findings).findings
 
 # %% ../nbs/07_evaluate.ipynb #938c64b4
 def paired_texts(
@@ -122,20 +129,31 @@ def row_numbers(
     pairs: pd.DataFrame,  # from `paired_texts`
     conventions: Sequence[str] = ("llava-rad",),  # of the text metrics
     training: R2GenReferences | None = None,  # vocabulary of the training reports, for r2gen-exact
+    known: dict[tuple[str, str], tuple] | None = None,  # what was read before, by prediction and reference; added to
 ) -> pd.DataFrame:  # study, patient, topic, bleu and rouge by convention, graph, reference, prediction
-    "Reduce texts to what scores are made of; labels are read by the rules."
-    said, true = pairs.prediction.tolist(), pairs.reference.tolist()
+    "Reduce texts to what scores are made of, every pair of texts once; labels are read by the rules."
+    known = {} if known is None else known
+    wanted = list(zip(pairs.prediction, pairs.reference))
+    if new := [pair for pair in dict.fromkeys(wanted) if pair not in known]:
+        known |= dict(zip(new, _read_pairs(*map(list, zip(*new)), conventions, training)))
+    columns = [name for convention in conventions for name in (f"bleu {convention}", f"rouge {convention}")]
+    read = zip(*(known[pair] for pair in wanted)) if wanted else []
     rows = pairs[["study", "patient", "topic"]].copy()
-    if not said:
-        return rows
+    return rows.assign(**{name: list(values) for name, values in zip([*columns, "graph", "reference", "prediction"], read)})
+
+
+def _read_pairs(said: list[str], true: list[str], conventions: Sequence[str], training: R2GenReferences | None
+                ) -> list[tuple]:
+    "The numbers of some pairs of texts, in the order of the columns."
+    columns: list = []
     for name in conventions:
-        rows[f"bleu {name}"] = list(bleu_counts(said, true, name, training).astype(np.int32))
-        rows[f"rouge {name}"] = rouge_l_each(said, true, name, training)
-    rows["graph"] = list(graph_counts(said, true).astype(np.int32))
-    for side, texts in (("reference", true), ("prediction", said)):
+        columns.append(bleu_counts(said, true, name, training).astype(np.int32))
+        columns.append(rouge_l_each(said, true, name, training))
+    columns.append(graph_counts(said, true).astype(np.int32))
+    for texts in (true, said):
         sure, told = label_matrix(texts), label_matrix(texts, uncertain="positive")
-        rows[side] = list((sure + 2 * (told & ~sure)).astype(np.int8))
-    return rows
+        columns.append((sure + 2 * (told & ~sure)).astype(np.int8))
+    return list(zip(*columns))
 
 # %% ../nbs/07_evaluate.ipynb #659b9306
 FREQUENT = 15  # positive references that a label must have to count in the headline's macro-F1
@@ -431,11 +449,11 @@ def make_evaluate(
     val, true = studies[studies.split == "val"], samples[["study", "topic", "sentence"]]
     exact = r2gen_references(studies[studies.split == "train"].findings.tolist())
     systems = list(all_predictions(run, val, samples[samples.split == "train"], chosen))
-    numbers, scores = [], []
+    numbers, scores, known = [], [], {}
     wanted = [(*system, mode) for system in systems for mode in settings.modes
               if system[0]["mode"] != "selector" or mode in SELECTED_MODES]
     for who, said, mode in progress(wanted, "scoring"):
-        rows = row_numbers(paired_texts(mode, said, val, true, chosen), settings.conventions, exact)
+        rows = row_numbers(paired_texts(mode, said, val, true, chosen), settings.conventions, exact, known)
         if len(rows):
             numbers.append(rows.assign(**who, evaluation=mode))
             scores.append(scores_of(rows, settings.bootstrap).assign(**who, evaluation=mode))
