@@ -895,24 +895,17 @@ class Launch:
     wait: Callable[[], None] = lambda: None  # until all have come here
     tell: Callable[[Any], Any] = lambda value: value  # what the first says, to all
 
-# %% ../nbs/00_core.ipynb #f900a0b1
+# %% ../nbs/00_core.ipynb #f900a003
 @cache
-def _join() -> Any:
-    "Join the processes that were launched together, and part from them when this one ends."
+def launched() -> Launch:  # one of one, unless `accelerate launch` or torchrun started several
+    "This process among those that were launched together; joins them at the first call, parts at the end."
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Launch()
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     state = PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
     atexit.register(state.destroy_process_group)
-    return state
-
-# %% ../nbs/00_core.ipynb #f900a003
-def launched() -> Launch:  # one of one, unless `accelerate launch` or torchrun started several
-    "This process among those that were launched together; joins them at the first call."
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Launch()
-    from accelerate.utils import broadcast_object_list
-
-    state = _join()
     return Launch(
         state.process_index, state.num_processes, state.wait_for_everyone, lambda it: broadcast_object_list([it])[0]
     )
