@@ -172,7 +172,7 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):
         *inputs, out, logs = ctx.saved_tensors
         query, key, value = (tensor[0].transpose(0, 1) for tensor in inputs)
-        grads = [torch.zeros_like(row) for row in (query, key, value)]
+        grads = [torch.empty_like(row) for row in (query, key, value)]  # causal blocks come first and fill them
         for block in ctx.tree.blocks:
             places = (block.queries, block.queries, block.keys, block.keys, block.queries, block.queries)
             told, *parts = (_take(row, at, block.count)
@@ -180,12 +180,13 @@ class _TreeAttention(torch.autograd.Function):
             if block.real is not None:
                 told = told * block.real.view(block.count, 1, -1, 1)
             found = _backward(told, *parts, 0.0, block.causal, scale=ctx.scale)
+            if block.causal:
+                for row, part in zip(grads, found):
+                    row[block.places] = _rows(part, block)
+                continue
             grads[0][block.places] += _rows(found[0], block)
             for row, part in zip(grads[1:], found[1:]):
-                if block.causal:
-                    row[block.places] += _rows(part, block)
-                else:
-                    row[block.keys] += part.transpose(1, 2).flatten(0, 1)
+                row[block.keys] += part.transpose(1, 2).flatten(0, 1)
         return *(row.transpose(0, 1)[None] for row in grads), None, None
 
 # %% ../nbs/04a_tree_attention.ipynb #9f864d70

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from llava_ta.core import LoraSettings, load_profile
-from llava_ta.generate import _pad_left
+from llava_ta.decoding import Choice, decode_prompts
 from llava_ta.model import (
     LlavaConfig,
     LlavaTA,
@@ -25,7 +25,6 @@ from llava_ta.packing import (
     Batch,
     Piece,
     Sample,
-    _peak_bytes,
     batch_losses,
     build_tree,
     collate,
@@ -33,6 +32,7 @@ from llava_ta.packing import (
     lay_out,
     make_sample,
     pack,
+    peak_bytes,
     write_row,
 )
 from llava_ta.tree_attention import ATTENTION, Tree, Watch, _flex_attention, _TreeAttention, tree_arguments
@@ -241,22 +241,18 @@ def test_pruned_answers_are_scored_as_they_are_generated():
     assert rows[0].positions != list(range(len(rows[0].ids)))
     batch = collate(rows)
     images = batch.shown(features(model, batch))
-    ids, positions, seen = _pad_left(rows)
-    out = model.llama.generate(
-        inputs_embeds=model.embed(ids, images), attention_mask=seen, position_ids=positions, max_new_tokens=6,
-        min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True,
-    )
-    steps = torch.stack(out.logits, 1)
+    with torch.no_grad():
+        found = decode_prompts(model.llama, model.embed(batch.ids, images), batch, Choice(6), None)
     for number, row in enumerate(rows):
-        said = out.sequences[number].tolist()
+        said = found[number].ids
         behind = row.positions[-1] + 1
         whole = torch.tensor([row.ids + said]), torch.tensor([row.positions + list(range(behind, behind + len(said)))])
         own = collate([row])
         with torch.no_grad():
             hidden = model.hidden_states(
                 whole[0], own.shown(features(model, own)), whole[1], Tree([whole[0].numel()] * whole[0].numel()))
-            again = model.llama.lm_head(hidden)[0, len(row.ids) - 1:-1]
-        assert torch.allclose(again, steps[number], atol=1e-4)
+            again = model.llama.lm_head(hidden)[0, len(row.ids) - 1:-1].log_softmax(-1)
+        assert torch.allclose(again[range(6), said], torch.tensor(found[number].logs), atol=1e-4)
 
 
 def test_checkpointing_changes_nothing():
@@ -289,7 +285,7 @@ def test_memory_grows_with_the_row_and_not_with_its_square():
         inputs = [torch.randn(1, 2, len(tree), 8, requires_grad=True) for _ in range(3)]
         step = lambda tree=tree, inputs=inputs: _TreeAttention.apply(*inputs, tree, 0.3).sum().backward()  # noqa: E731
         step()
-        peaks[number] = _peak_bytes(step, torch.device("cpu"))
+        peaks[number] = peak_bytes(step, torch.device("cpu"))
     assert len(tree) > 4000 and peaks[40] < len(tree) ** 2 / 2  # half a byte for each pair
     assert peaks[40] < 5 * peaks[10]
 

@@ -217,6 +217,14 @@ def test_report_opens_without_a_network(finished: Ran, runs: Path):
     assert sum(str(study) in page for study in val) >= 1, "films of the test split are shown"
 
 
+def test_errors_of_a_run(finished: Ran, runs: Path):
+    ran = papermill("07a_errors", runs, evaluation="topic", kind="missed", show=3)
+    assert ran.status == 0, ran.said
+    page = (runs / "tiny" / "errors.html").read_text()
+    assert page.count("<article") == 3 and page.count('<span class="missed">') == 3
+    assert not re.search(r"<script|https?://", page)
+
+
 def test_five_lines_of_python(finished: Ran, runs: Path, tmp_path: Path):
     """The example of the README."""
     code = f"""
