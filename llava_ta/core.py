@@ -16,6 +16,7 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
+import atexit
 import hashlib
 import importlib
 import importlib.resources
@@ -895,14 +896,16 @@ class Launch:
     tell: Callable[[Any], Any] = lambda value: value  # what the first says, to all
 
 # %% ../nbs/00_core.ipynb #f900a003
+@cache
 def launched() -> Launch:  # one of one, unless `accelerate launch` or torchrun started several
-    "This process among those that were launched together; joins them at the first call."
+    "This process among those that were launched together; joins them at the first call, parts at the end."
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Launch()
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     state = PartialState(cpu=best_device() == "cpu", timeout=timedelta(days=7))
+    atexit.register(state.destroy_process_group)
     return Launch(
         state.process_index, state.num_processes, state.wait_for_everyone, lambda it: broadcast_object_list([it])[0]
     )

@@ -50,7 +50,7 @@ def see(
     images: Sequence[np.ndarray],  # float32 [H, W] each, in [0, 1]
 ) -> torch.Tensor:  # float16 [M, N, D], on the CPU
     "Features of some images, in one pass of the tower."
-    return tower(torch.from_numpy(np.stack(images))).half().cpu()
+    return tower(torch.from_numpy(np.stack(images))).half().cpu().contiguous()  # as files want them
 
 # %% ../nbs/05b_features.ipynb #4283c392
 def film_features(

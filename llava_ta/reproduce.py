@@ -6,9 +6,10 @@
 __all__ = ['EXPERIMENTS', 'CURVES', 'STYLE', 'STUDY_STYLE', 'SCRIPT', 'SHORT', 'Experiment', 'experiment_settings', 'BorrowedRun',
            'plan', 'run_experiment', 'shown_studies', 'sentence_polarity', 'verdict', 'finding_rows', 'mask_path',
            'film_html', 'findings_html', 'score_bars', 'provenance', 'record_html', 'curves_figure', 'page_html',
-           'study_html', 'publish', 'make_report']
+           'study_html', 'publish', 'make_report', 'main']
 
 # %% ../nbs/11_reproduce.ipynb #4aa1c905
+import argparse
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
-from .core import FIGURE_MODES, DataSettings, Ref, Run, Settings
-from .core import atomic_path, check_params, commit, preflight, ref, run_pipeline
+from .core import FIGURE_MODES, STEPS, DataSettings, Ref, Run, Settings
+from .core import all_variants, atomic_path, check_params, commit, preflight, ref, run_pipeline
 from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import over_seeds, paired_texts, published_html
@@ -597,3 +598,23 @@ def make_report(
     (out / "report.html").write_text(page, encoding="utf-8")
     publish(out / "report.html", run.dir / "report.html")
     return {"films": shown, "megabytes": round(len(page.encode()) / 1e6, 1)}
+
+# %% ../nbs/11_reproduce.ipynb #5b7d0c12
+def main(
+    arguments: Sequence[str] | None = None,  # of the command line; None: those of this process
+) -> list[Path]:  # folders of the step, one for each of its variants
+    "Bring a step and all that it needs up to date, in as many processes as were launched."
+    parser = argparse.ArgumentParser(prog="python -m llava_ta.reproduce", description=main.__doc__)
+    parser.add_argument("--profile", default="tiny", help="tiny, demo, openi, paper, llava-rad, or a YAML file")
+    parser.add_argument("--run", default="", help="folder under runs/; the profile's name if empty")
+    parser.add_argument("--overrides", default="", help="changes to the profile: dotted keys with values")
+    parser.add_argument("--step", default="report", help=f"the last step: {', '.join(STEPS)}")
+    given = parser.parse_args(arguments)
+    settings = check_params(
+        profile=given.profile, run=given.run, overrides=given.overrides, step=(given.step, tuple(STEPS)))
+    run = Run(settings)
+    return [run.make(one.step, **dict(one.variant)) for one in all_variants(given.step, settings.profile)]
+
+# %% ../nbs/11_reproduce.ipynb #5b7d0c16
+if __name__ == "__main__" and __spec__:  # python -m, not a notebook
+    main()

@@ -24,6 +24,7 @@ from llava_ta.ontology import REGIONS
 from llava_ta.phantom import Finding, draw, sample_findings
 from llava_ta.published import CHESTX_DET_GROUPS, CXAS_GROUPS, CxasSegmenter
 from llava_ta.segment import get_segmenter, write_shard
+from miniature import cxas_file
 from repository import ROOT, launch, run_python
 
 STORE_FILES = ("masks.safetensors", "masks.parquet", "films.parquet", "masks.json")
@@ -110,12 +111,10 @@ def test_cxas_equals_an_independent_computation(
 ):
     """On random weights in the layout of the authors, masks are theirs bit by bit."""
     monkeypatch.setattr("llava_ta.plausibility.explain", lambda found, film, again: found)  # spares four more passes
-    published = {f"module.{key.removeprefix('backbone.') if key.startswith('backbone.backbone.') else key}": value
-                 for key, value in cxas_net.state_dict().items()}
-    torch.save({"epoch": 110, "model": published}, tmp_path / "cxas.pth")
+    weights = cxas_file(tmp_path / "cxas.pth", cxas_net)
     square = phantom_film(1, size=300)
     film = np.asarray(Image.fromarray(square).resize(shape[::-1], Image.Resampling.BILINEAR)).clip(0, 1)
-    segmenter = CxasSegmenter(tmp_path / "cxas.pth")
+    segmenter = CxasSegmenter(weights)
     rows, columns = (np.arange(512) * n // 512 for n in shape)
     squashed = film[rows][:, columns].astype(np.float32)
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])

@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from llava_ta import reproduce
@@ -26,6 +24,7 @@ from llava_ta.sources import (
     read_source,
 )
 from llava_ta.studies import FITTED, SCHEMA, is_credentialed, load_studies
+from miniature import Film, annotation, grey_film, mimic_tree, write_lists
 from repository import ROOT
 
 REAL_OPENI = os.environ.get("LLAVA_TA_OPENI_DIR", "")
@@ -45,18 +44,9 @@ def made(
     return record, load_studies(out), FilmStore(out), news
 
 
-def film(path: Path, grey: int = 128) -> Path:
-    """Write a small film, 60 pixels high and 48 wide: one grey, and a brighter band at the top."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.full((60, 48), grey, np.uint8)
-    pixels[:6] += 20
-    Image.fromarray(pixels).save(path)
-    return path
-
-
 # ---- MIMIC-CXR-JPG 2.1.0
 
-FILMS = [  # dicom, subject, study, view, split
+FILMS = [Film(*row) for row in (
     ("080c419e-808129b2-76150ad3-619f74eb-30505d38", "19000001", "59000001", "PA", "train"),
     ("120b572f-07846870-6fee21f0-0aeb1db3-968ed359", "19000001", "59000001", "LATERAL", "train"),
     ("2de7a17a-69398fba-facd6a86-c8d28c3e-29b8f66b", "19000001", "59000002", "AP", "train"),
@@ -64,7 +54,7 @@ FILMS = [  # dicom, subject, study, view, split
     ("4abca3b3-38d43b59-c827d9df-d110b74e-0dc4343b", "19000002", "59000003", "", "validate"),
     ("54d9dbf2-2fa80a66-782a2cbf-257344ef-8cf31d6e", "19000002", "59000004", "AP", "validate"),
     ("68b65972-4cc4cfd6-0f8dce72-232ec5d8-5d6cf5f2", "19000003", "59000005", "PA", "test"),
-]
+)]
 REPORTS = {
     "59000001": "                     FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n\n INDICATION:  ___F with "
                 "cough\n\n FINDINGS: \n \n A small left effusion is seen. \n \n IMPRESSION: \n \n Small effusion.\n",
@@ -75,31 +65,14 @@ REPORTS = {
 }
 
 
-def mimic_tree(folder: Path, zipped: bool = False) -> Path:
-    """Write films, lists and reports as PhysioNet has them."""
-    table = pd.DataFrame(FILMS, columns=["dicom_id", "subject_id", "study_id", "ViewPosition", "split"])
-    folder.mkdir(parents=True)
-    more = {"PerformedProcedureStepDescription": "CHEST (PA AND LAT)", "Rows": 3056, "Columns": 2544}
-    table.drop(columns="split").assign(**more).to_csv(folder / "mimic-cxr-2.0.0-metadata.csv.gz", index=False)
-    table[["dicom_id", "study_id", "subject_id", "split"]].to_csv(folder / "mimic-cxr-2.0.0-split.csv.gz", index=False)
-    labels = {"subject_id": ["19000001"], "study_id": ["59000001"], "Pleural Effusion": ["1.0"], "Edema": [""]}
-    pd.DataFrame(labels).to_csv(folder / "mimic-cxr-2.0.0-chexpert.csv.gz", index=False)
-    for dicom, subject, study, _, _ in FILMS:
-        film(folder / "files" / f"p{subject[:2]}" / f"p{subject}" / f"s{study}" / f"{dicom}.jpg")
-    texts = {f"files/p{subject[:2]}/p{subject}/s{study}.txt": REPORTS[study] for _, subject, study, _, _ in FILMS}
-    if zipped:
-        with zipfile.ZipFile(folder / "mimic-cxr-reports.zip", "w") as packed:
-            for name, text in texts.items():
-                packed.writestr(name, text)
-    else:
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-    return folder
+def small_mimic(folder: Path, zipped: bool = False) -> Path:
+    """Write the films above with their reports."""
+    return mimic_tree(folder, FILMS, REPORTS, zipped=zipped)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
-    tree = mimic_tree(tmp_path / "mimic", zipped)
+    tree = small_mimic(tmp_path / "mimic", zipped)
     overrides = "data.source=mimic, data.resize=shortest, data.films=all"
     record, table, store, _ = made(tree, tmp_path / "out", overrides)
     assert table["study"].tolist() == ["s59000001", "s59000002", "s59000002-2", "s59000004", "s59000005"]
@@ -116,7 +89,7 @@ def test_mimic_from_physionets_files(tmp_path: Path, zipped: bool):
 
 
 def test_mimic_names_what_is_wrong(tmp_path: Path):
-    tree = mimic_tree(tmp_path / "mimic")
+    tree = small_mimic(tmp_path / "mimic")
     (tree / "files/p19/p19000003/s59000005.txt").unlink()
     with pytest.raises(FileNotFoundError, match="s59000005.txt does not exist"):
         mimic_studies(tree)
@@ -138,35 +111,23 @@ def test_mimic_names_what_is_wrong(tmp_path: Path):
 # ---- LLaVA-Rad's annotations
 
 
-def annotation(row: int, method: str, said: str | None, **more) -> dict:
-    """An entry as the JSON lists have it."""
-    dicom, subject, study, view, _ = FILMS[row]
-    path = f"mimic/p{subject[:2]}/p{subject}/s{study}/{dicom}.jpg"
-    turns = [{"from": "human", "value": "<image>\nProvide a description of the findings in the radiology image."},
-             {"from": "gpt", "value": said}]
-    return {"id": f"{subject}_{study}", "image": path, "view": view, "generate_method": method, "reason": None,
-            "conversations": turns, **more}
-
-
 def llava_rad_lists(folder: Path) -> Path:
     """Write the three lists."""
     lists = {
-        "train": [annotation(0, "rule-based", "An effusion.", reason="cough\n for weeks"),
-                  annotation(1, "rule-based", "Lateral."), annotation(2, "gpt4", "Large heart."),
-                  annotation(2, "rule-based", "Large."), annotation(3, "gpt4", "Large.")],
-        "dev": [annotation(5, "gpt4", "Clear."), annotation(5, "rule-based", None)],
-        "test": [annotation(6, "rule-based", "Clear lungs.", split="test"), annotation(6, "gpt4", "Lungs are clear.")],
+        "train": [annotation(FILMS[0], "rule-based", "An effusion.", reason="cough\n for weeks"),
+                  annotation(FILMS[1], "rule-based", "Lateral."), annotation(FILMS[2], "gpt4", "Large heart."),
+                  annotation(FILMS[2], "rule-based", "Large."), annotation(FILMS[3], "gpt4", "Large.")],
+        "dev": [annotation(FILMS[5], "gpt4", "Clear."), annotation(FILMS[5], "rule-based", None)],
+        "test": [annotation(FILMS[6], "rule-based", "Clear lungs.", split="test"),
+                 annotation(FILMS[6], "gpt4", "Lungs are clear.")],
     }
-    folder.mkdir()
-    for split, entries in lists.items():
-        (folder / LLAVA_RAD_LISTS[split]).write_text(json.dumps(entries))
-    return folder
+    return write_lists(folder, lists)
 
 
 @pytest.mark.parametrize("test_set, val, first", [("rule-based", "Clear lungs.", "Large."),
                                                   ("gpt4", "Lungs are clear.", "Large heart.")])
 def test_both_test_sets_of_llava_rad(tmp_path: Path, test_set: str, val: str, first: str):
-    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    tree, lists = small_mimic(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
     overrides = f"data.source=mimic, data.test_set={test_set}, data.annotations={lists}, data.films=all"
     _, table, store, _ = made(tree, tmp_path / "out", overrides)
     assert table.query("split == 'val'")["findings"].tolist() == [val] and len(store) == 5
@@ -177,10 +138,10 @@ def test_both_test_sets_of_llava_rad(tmp_path: Path, test_set: str, val: str, fi
 
 
 def test_a_film_in_two_lists_of_llava_rad(tmp_path: Path):
-    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    tree, lists = small_mimic(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
     path = lists / LLAVA_RAD_LISTS["test"]
     entries = json.loads(path.read_text())
-    path.write_text(json.dumps([*entries, annotation(0, "rule-based", "An effusion.")]))
+    path.write_text(json.dumps([*entries, annotation(FILMS[0], "rule-based", "An effusion.")]))
     with pytest.raises(ValueError) as refused:
         llava_rad_studies(tree, lists)
     name = f"files/p19/p19000001/s59000001/{FILMS[0][0]}.jpg"
@@ -192,7 +153,7 @@ def test_paper_and_llava_rad_name_their_test_sets(tmp_path: Path):
     for name, test_set in {"paper": "gpt4", "llava-rad": "rule-based"}.items():
         data = load_profile(name).data
         assert (data.test_set, data.resize, data.films, data.size) == (test_set, "shortest", "all", 518)
-    tree, lists = mimic_tree(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
+    tree, lists = small_mimic(tmp_path / "mimic"), llava_rad_lists(tmp_path / "lists")
     profile = load_profile("paper", f"data.dir={tree}")
     assert [path for key, path, _ in preflight(profile).absent if key == "data.annotations"] == [
         str(tree / LLAVA_RAD_LISTS[split]) for split in ("train", "test")]
@@ -239,8 +200,8 @@ def test_open_i_as_the_archives_unpack(tmp_path: Path):
         (reports / f"{row.report}.xml").write_text(XML.format(number=row.report, image=row.image))
     chosen = manifest[manifest["split"] == "val"].head(3), manifest[manifest["split"] == ""].head(20)
     for row in pd.concat(chosen).itertuples():
-        film(tmp_path / "openi" / "NLMCXR_png" / f"{row.image}.png")
-    film(tmp_path / "openi" / "NLMCXR_png" / "CXR1_1_IM-0001-3001.png")  # a lateral film of the archive
+        grey_film(tmp_path / "openi" / "NLMCXR_png" / f"{row.image}.png")
+    grey_film(tmp_path / "openi" / "NLMCXR_png" / "CXR1_1_IM-0001-3001.png")  # a lateral film of the archive
     record, table, store, _ = made(tmp_path / "openi", tmp_path / "out", "data.source=openi")
     assert len(table) == len(store) == 23 and (table["film"].str.split("/").str[0] == "NLMCXR_png").all()
     assert (table["findings"] == "Made up for study " + table["study"].str[3:] + ".").all()
@@ -253,7 +214,7 @@ def test_open_i_by_index(tmp_path: Path):
     rows = [("1", "frontal\\1.jpg", "True"), ("1", "frontal\\1b.jpg", "False"), ("4", "frontal\\4.jpg", "True"),
             ("5", "frontal\\5.jpg", "True")]
     for _, name, _ in rows:
-        film(folder / name.replace("\\", "/"))
+        grey_film(folder / name.replace("\\", "/"))
     pd.DataFrame(rows, columns=["uid", "file", "primary_frontal"]).to_csv(
         folder / "index.csv", index=False, encoding="utf-8-sig")
     _, table, store, _ = made(folder, tmp_path / "out", "data.source=openi")
@@ -284,7 +245,7 @@ def own_folder(folder: Path, number: int, broken: int = 0) -> Path:
     lines = ["film,patient,findings"]
     bad = set(np.linspace(5, number - 5, broken).astype(int).tolist()) if broken else set()
     for i in range(number):
-        path = film(folder / f"p{i // 2}" / f"{i:04d}.png", i % 200 + 30)
+        path = grey_film(folder / f"p{i // 2}" / f"{i:04d}.png", i % 200 + 30)
         lines.append(f"p{i // 2}/{i:04d}.png,{i // 2},Clear lungs.")
         if i in bad:
             content = [b"", b"not a film", path.read_bytes()[:40]][i % 3]
@@ -328,7 +289,7 @@ def test_a_split_that_loses_its_last_film(tmp_path: Path):
     folder = tmp_path / "own"
     lines = ["film,split,findings"]
     for i in range(40):
-        film(folder / f"{i}.png")
+        grey_film(folder / f"{i}.png")
         lines.append(f"{i}.png,{'val' if i == 7 else 'train'},Clear.")
     (folder / "7.png").write_bytes(b"")
     (folder / "studies.csv").write_text("\n".join(lines))
@@ -339,7 +300,7 @@ def test_a_split_that_loses_its_last_film(tmp_path: Path):
 def test_films_without_reports_and_texts_that_stay(tmp_path: Path):
     folder = tmp_path / "own"
     for name in ("a", "b", "c", "d"):
-        film(folder / f"{name}.png")
+        grey_film(folder / f"{name}.png")
     (folder / "studies.csv").write_text(
         "film;split;report\na.png;train;FINDINGS: Clear. IMPRESSION: Normal.\nb.png;train;The lungs are clear today.\n"
         "c.png;test;FINDINGS: Clear.\nd.png;;\n", encoding="utf-8-sig")

@@ -99,6 +99,22 @@ def test_two_processes_generate_as_one(one: Path, tmp_path: Path):
     assert np.allclose(here.score, there.score, atol=1e-5)
 
 
+PART = """
+import atexit
+import torch
+from llava_ta.core import launched
+atexit.register(lambda: print("still joined" if torch.distributed.is_initialized() else "parted"))
+launched().wait()
+"""
+
+
+def test_processes_part_before_they_end(tmp_path: Path):
+    """Threads between them that outlive the interpreter abort or hang a run that is finished."""
+    (tmp_path / "part.py").write_text(PART)
+    done = run_python(*launch(2), str(tmp_path / "part.py"), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and done.stdout.split() == ["parted"] * 2, done.stdout + done.stderr[-3000:]
+
+
 OFTEN = """
 import sys
 from llava_ta import trainer
