@@ -135,18 +135,36 @@ def _take(rows: torch.Tensor, places: slice | torch.Tensor, count: int = 1) -> t
     return rows[places].unflatten(0, (count, -1)).transpose(1, 2)
 
 # %% ../nbs/04a_tree_attention.ipynb #56a47f57
-def _rows(part: torch.Tensor, block: Block) -> torch.Tensor:
-    "What attention found, [count, heads, length, ...], in the order of the block's queries, without repetitions."
+def _rows(part: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+    "What attention found, [count, heads, length, ...], in the order of the places, without repetitions."
     part = part.transpose(1, 2).flatten(0, 1)
-    return part if block.real is None else part[block.chosen]
+    return part if real is None else part[real]
 
 # %% ../nbs/04a_tree_attention.ipynb #c85d1fa3
-def _merge(out: torch.Tensor, logs: torch.Tensor, places: slice | torch.Tensor, part: torch.Tensor, log: torch.Tensor):
-    "Add a block's average [n, heads, d] and logarithm [n, heads] to those so far [T, ...], in place."
-    before = logs[places]
+def _put(row: torch.Tensor, places: slice | torch.Tensor, part: torch.Tensor, real: torch.Tensor | None, add: bool):
+    "Write what attention found into a row, or add it; a slice is written where it is, without a copy in between."
+    if isinstance(places, slice):
+        here = _take(row, places)
+        here.add_(part) if add else here.copy_(part)
+    elif add:
+        row[places] += _rows(part, real)
+    else:
+        row[places] = _rows(part, real)
+
+
+def _merge(out: torch.Tensor, logs: torch.Tensor, block: Block, part: torch.Tensor, log: torch.Tensor):
+    "Add a block's average [count, heads, length, d] and logarithm [count, heads, length] to those so far, in place."
+    if isinstance(block.places, slice):
+        so_far, before = _take(out, block.places), _take(logs, block.places)
+    else:
+        part, log = _rows(part, block.chosen), _rows(log, block.chosen)
+        so_far, before = out[block.places], logs[block.places]
     total = torch.logaddexp(before, log)
-    out[places] = part.mul_((log - total).exp_()[..., None]).addcmul_(out[places], (before - total).exp_()[..., None])
-    logs[places] = total
+    so_far.mul_((before - total).exp_()[..., None]).addcmul_(part, (log - total).exp_()[..., None])
+    if isinstance(block.places, slice):
+        before.copy_(total)
+    else:
+        out[block.places], logs[block.places] = so_far, total
 
 # %% ../nbs/04a_tree_attention.ipynb #cda5dec2
 class _TreeAttention(torch.autograd.Function):
@@ -159,11 +177,12 @@ class _TreeAttention(torch.autograd.Function):
         logs = torch.empty(out.shape[:2], dtype=exact)
         for block in tree.blocks:
             parts = (_take(row, at, block.count) for row, at in zip(rows, (block.queries, block.keys, block.keys)))
-            part, log = (_rows(found, block) for found in _forward(*parts, 0.0, block.causal, scale=scale))
+            part, log = _forward(*parts, 0.0, block.causal, scale=scale)
             if block.causal:
-                out[block.places], logs[block.places] = part, log
+                _put(out, block.places, part, block.chosen, False)
+                _put(logs, block.places, log, block.chosen, False)
             else:
-                _merge(out, logs, block.places, part, log)
+                _merge(out, logs, block, part, log)
         ctx.save_for_backward(query, key, value, out, logs)
         ctx.tree, ctx.scale = tree, scale
         return out[None]
@@ -180,13 +199,10 @@ class _TreeAttention(torch.autograd.Function):
             if block.real is not None:
                 told = told * block.real.view(block.count, 1, -1, 1)
             found = _backward(told, *parts, 0.0, block.causal, scale=ctx.scale)
-            if block.causal:
-                for row, part in zip(grads, found):
-                    row[block.places] = _rows(part, block)
-                continue
-            grads[0][block.places] += _rows(found[0], block)
+            _put(grads[0], block.places, found[0], block.chosen, not block.causal)
+            keys, real = (block.places, block.chosen) if block.causal else (block.keys, None)
             for row, part in zip(grads[1:], found[1:]):
-                row[block.keys] += part.transpose(1, 2).flatten(0, 1)
+                _put(row, keys, part, real, not block.causal)
         return *(row.transpose(0, 1)[None] for row in grads), None, None
 
 # %% ../nbs/04a_tree_attention.ipynb #9f864d70
