@@ -137,9 +137,10 @@ def row_numbers(
     if new := [pair for pair in dict.fromkeys(wanted) if pair not in known]:
         known |= dict(zip(new, _read_pairs(*map(list, zip(*new)), conventions, training)))
     columns = [name for convention in conventions for name in (f"bleu {convention}", f"rouge {convention}")]
+    columns += ["graph", "reference", "prediction"]
     read = zip(*(known[pair] for pair in wanted)) if wanted else []
-    rows = pairs[["study", "patient", "topic"]].copy()
-    return rows.assign(**{name: list(values) for name, values in zip([*columns, "graph", "reference", "prediction"], read)})
+    return pairs[["study", "patient", "topic"]].assign(
+        **{name: list(values) for name, values in zip(columns, read)})
 
 
 def _read_pairs(said: list[str], true: list[str], conventions: Sequence[str], training: R2GenReferences | None
