@@ -311,5 +311,5 @@ def test_run(run: SimpleNamespace, table: pd.DataFrame):
     assert set(run_errors(run, evaluation="topic").system) == {"topic (T)"}
     with pytest.raises(ValueError, match=r"^system 'topic': allowed are narrative, narrative, black, topic \(T\)"):
         run_errors(run, "topic")
-    with pytest.raises(ValueError, match="^evaluation 'all': allowed are report-all"):
+    with pytest.raises(ValueError, match="^evaluation 'all': allowed are report-predicted"):
         run_errors(run, evaluation="all")

@@ -187,7 +187,7 @@ def test_topics_are_those_of_the_ontology():
 
 
 def test_old_profiles_keep_working():
-    for name in ("demo", "openi", "paper", "llava-rad"):
+    for name in ("openi", "paper", "llava-rad"):
         assert load_profile(name).select == SelectSettings()
 
 
