@@ -21,7 +21,7 @@ from .anatomy_check import anatomy_figure, outlines
 from .assemble import contradictions
 from .core import Ref, Run, all_variants
 from .data import FilmStore
-from .evaluate import paired_texts, system_name
+from .evaluate import SELECTED_MODES, answers_to, paired_texts, system_name
 from .films import film_uri
 from .masks import MaskStore
 from .metrics import Labeler, rule_labeler
@@ -166,13 +166,14 @@ def error_table(
     evaluation: str = "report-all",  # a key of `EVALUATIONS`
     system: str = "",  # its name, for the column
     labeler: Labeler | None = None,  # None for the rules
+    chosen: pd.DataFrame | None = None,  # study, topic: what the selector chose, for report-predicted and -assembled
 ) -> pd.DataFrame:  # columns of `ERROR_COLUMNS`; no rows for a narrative in the evaluation "topic"
     """List every label that a system missed, reported in vain, or hit; uncertain counts as negative.
 
     Raises ValueError for an unknown evaluation or a study without an answer."""
-    pairs = paired_texts(evaluation, predictions, studies, true)
-    if evaluation in ("report-original", "report-oracle") and (predictions.topic != "").any():
-        predictions = predictions.merge(true[["study", "topic"]], on=["study", "topic"])
+    pairs = paired_texts(evaluation, predictions, studies, true, chosen)
+    if evaluation != "topic" and (predictions.topic != "").any():
+        predictions = answers_to(evaluation, predictions, true, chosen)
     told, answered = pieces(true), pieces(predictions)
     parts = [part.words for study in pairs.study.unique() for part in told.get(study, []) + answered.get(study, [])]
     reader, rows = _Reader(labeler, [*pairs.reference, *pairs.prediction, *parts]), []
@@ -403,7 +404,7 @@ def systems_of(
 def run_errors(
     run: Run,  # whose predictions are done
     system: str = "",  # a name of `systems_of`; "" for all that were shown the films
-    evaluation: str = "report-all",  # a key of `EVALUATIONS`
+    evaluation: str = "report-predicted",  # a key of `EVALUATIONS`
     labeler: Labeler | None = None,  # None for the rules
 ) -> pd.DataFrame:  # columns of `ERROR_COLUMNS`
     "List the errors of a run; raises ValueError for an unknown system, FileNotFoundError for what is not made yet."
@@ -413,17 +414,20 @@ def run_errors(
     seeing = [name for name, artefact in systems.items() if dict(artefact.variant)["film"] == "real"]
     studies = pd.read_parquet(run.path("data") / "studies.parquet").query("split == 'val'")
     true = pd.read_parquet(run.path("mapping") / "samples.parquet").query("origin == 'report'")
+    judged = evaluation in SELECTED_MODES
+    chosen = pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen") if judged else None
     tables = []
     for name in [system] if system else seeing:
         said = pd.read_parquet(run.path("generate", **dict(systems[name].variant)) / "predictions.parquet")
-        tables.append(error_table(said, studies, true[["study", "topic", "sentence"]], evaluation, name, labeler))
+        told = true[["study", "topic", "sentence"]]
+        tables.append(error_table(said, studies, told, evaluation, name, labeler, chosen))
     return pd.concat([one for one in tables if len(one)] or tables[:1], ignore_index=True)  # empty ones have no types
 
 # %% ../nbs/07a_errors.ipynb #e525f020
 def show_errors(
     run: Run,  # whose predictions are done
     system: str = "",  # a name of `systems_of`; "" for all that were shown the films
-    evaluation: str = "report-all",  # a key of `EVALUATIONS`
+    evaluation: str = "report-predicted",  # a key of `EVALUATIONS`
 ) -> widgets.VBox:  # to be displayed
     "Open the browser on the errors of a run."
     films, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTITY', 'SELECTED_MODES', 'SHOWN', 'NOTE',
-           'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'row_numbers', 'frequent_labels', 'parts_of', 'scores_of',
-           'present_sentence', 'blind_predictions', 'selector_predictions', 'with_selector', 'difference',
+           'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'answers_to', 'row_numbers', 'frequent_labels', 'parts_of',
+           'scores_of', 'present_sentence', 'blind_predictions', 'selector_predictions', 'with_selector', 'difference',
            'system_name', 'all_predictions', 'label_table', 'topic_table', 'difference_table', 'make_evaluate',
            'over_seeds', 'wide_table', 'markdown_table', 'latex_table', 'html_table', 'published_table',
            'published_html']
@@ -81,7 +81,7 @@ def paired_texts(
     narrative, true = (predictions.topic == "").all(), true[true.study.isin(studies.study)]
     if evaluation == "topic":
         return _paired_sentences(true.iloc[:0] if narrative else true, predictions, studies)
-    asked = predictions if narrative else _asked(evaluation, predictions, true, chosen)
+    asked = predictions if narrative else answers_to(evaluation, predictions, true, chosen)
     reports = _joined(asked, evaluation == "report-assembled")
     table = studies.assign(topic="", prediction=studies.study.map(reports).fillna(""), reference=studies.findings)
     if evaluation == "report-oracle":
@@ -89,10 +89,13 @@ def paired_texts(
     return table[_TEXTS].reset_index(drop=True)
 
 # %% ../nbs/07_evaluate.ipynb #a1d8e307
-def _asked(
-    evaluation: str, predictions: pd.DataFrame, true: pd.DataFrame, chosen: pd.DataFrame | None
-) -> pd.DataFrame:
-    "The answers to what is asked in a mode."
+def answers_to(
+    evaluation: str,  # a report mode, a key of `EVALUATIONS`
+    predictions: pd.DataFrame,  # study, topic, sentence
+    true: pd.DataFrame,  # study, topic: those of the true reports
+    chosen: pd.DataFrame | None = None,  # study, topic: what the selector chose
+) -> pd.DataFrame:  # the predictions that the mode asks for
+    "The answers to what is asked in a mode; raises ValueError where the selector is needed and has not chosen."
     if evaluation == "report-all":
         return predictions
     organs = predictions[predictions.topic.isin(ALWAYS)]

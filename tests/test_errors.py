@@ -305,9 +305,9 @@ def run(tmp_path: Path, answers: pd.DataFrame, narrative: pd.DataFrame, studies:
 
 def test_run(run: SimpleNamespace, table: pd.DataFrame):
     assert list(systems_of(run)) == ["narrative", "narrative, black", "topic (T)", "topic (T), black"]
-    found = run_errors(run)
+    found = run_errors(run, evaluation="report-all")
     assert set(found.system) == {"narrative", "topic (T)"} and len(found) == len(table)
-    assert set(run_errors(run, "topic (T), black").score) == {0.0}
+    assert set(run_errors(run, "topic (T), black", "report-all").score) == {0.0}
     assert set(run_errors(run, evaluation="topic").system) == {"topic (T)"}
     with pytest.raises(ValueError, match=r"^system 'topic': allowed are narrative, narrative, black, topic \(T\)"):
         run_errors(run, "topic")
