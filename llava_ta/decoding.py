@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'TreeCache', 'keep', 'attend', 'advance', 'choose', 'Choice', 'Said', 'draw_words', 'decode_prompts',
-           'random_prompts', 'embed_random', 'compare_generation']
+           'random_prompts', 'compare_generation']
 
 # %% ../nbs/05g_decoding.ipynb #9ebde48f
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedModel
 
 from .model import IMAGE_TOKEN, last_hidden
-from .packing import Batch, Piece, Row, collate, lay_out, peak_bytes, seconds_of
+from .packing import Batch, Piece, Row, collate, embed_random, lay_out, peak_bytes, seconds_of
 from .tree_attention import ATTENTION, tree_arguments
 
 # %% ../nbs/05g_decoding.ipynb #dd2b160e
@@ -78,7 +78,7 @@ def attend(
     for kept, new in zip(self.layers[layer], (key, value)):
         kept[:, :, self.used - width:self.used] = new
     keys, values = (kept[:, :, :self.used] for kept in self.layers[layer])
-    mask = self.mask.to(query.device, query.dtype).repeat(1, 1, groups, 1)
+    mask = self.mask.to(query.dtype).repeat(1, 1, groups, 1)
     asking = query.unflatten(1, (key.shape[1], groups)).flatten(2, 3)
     found = F.scaled_dot_product_attention(asking, keys, values, attn_mask=mask, scale=scale)
     return found.unflatten(2, (groups, width)).flatten(1, 2).transpose(1, 2)
@@ -101,7 +101,7 @@ def advance(
     self.used += width
     mask = torch.zeros(len(counts) * width, self.used)
     mask[table] = torch.where(self.seen, 0.0, -torch.inf)
-    self.mask = mask.view(len(counts), 1, width, self.used)
+    self.mask = mask.view(len(counts), 1, width, self.used).to(lm.device, lm.dtype)  # once for all layers
     ids, positions = torch.zeros(2, len(counts) * width, dtype=torch.long)
     ids[table], positions[table] = tokens.cpu(), self.places
     self.places = self.places + 1
@@ -274,7 +274,7 @@ class _Study:
     singles: list[Row]  # one for each topic
     shown: list[list[int]]  # of each topic: the images in its prompt
 
-
+# %% ../nbs/05g_decoding.ipynb #83ab96fb
 def random_prompts(
     topics: int,  # of the study
     region_sets: int,  # of the study, at most one for each topic
@@ -295,17 +295,6 @@ def random_prompts(
         pieces += [Piece(text, shared), Piece([], len(pieces), topic)]
         singles.append(lay_out([Piece(head + image, -1), Piece(image, 0), Piece(text, 1), Piece([], 2, 0)]))
     return _Study(lay_out(pieces), singles, [[0, 1 + number] for number in sets])
-
-# %% ../nbs/05g_decoding.ipynb #909e794e
-def embed_random(
-    lm: PreTrainedModel,  # whose words are embedded
-    ids: torch.Tensor,  # int64 [B, L]
-    images: torch.Tensor,  # features of the images, in reading order, [M, N, H]
-) -> torch.Tensor:  # [B, L, H]
-    "Words and images of random prompts."
-    places = ids == IMAGE_TOKEN
-    words = lm.get_input_embeddings()(ids.masked_fill(places, 0).to(lm.device))
-    return words.masked_scatter(places[..., None].to(words.device), images.flatten(0, 1).to(words))
 
 # %% ../nbs/05g_decoding.ipynb #dbcf7ba6
 def _same(reference: list[int], words: list[int], margins: Callable[[int], float]) -> bool:

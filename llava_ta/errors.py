@@ -28,6 +28,7 @@ from .metrics import Labeler, rule_labeler
 from .ontology import CHEXPERT_14, REGIONS, TOPICS, topic_regions
 from .rules import read_report, split_sentences
 from .segment import REGION_COLOURS
+from .select import chosen_topics
 
 # %% ../nbs/07a_errors.ipynb #61ab10cc
 KINDS: tuple[str, ...] = ("missed", "false alarm", "hit")
@@ -415,7 +416,7 @@ def run_errors(
     studies = pd.read_parquet(run.path("data") / "studies.parquet").query("split == 'val'")
     true = pd.read_parquet(run.path("mapping") / "samples.parquet").query("origin == 'report'")
     judged = evaluation in SELECTED_MODES
-    chosen = pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen") if judged else None
+    chosen = chosen_topics(run) if judged else None
     tables = []
     for name in [system] if system else seeing:
         said = pd.read_parquet(run.path("generate", **dict(systems[name].variant)) / "predictions.parquet")

@@ -24,11 +24,11 @@ from .assemble import assemble
 from .core import Run, all_variants, atomic_path, progress, write_table
 from .finding_graph import graph_counts, graph_f1_from_counts
 from .generate import TopicFinding, concatenate
-from .metrics import F1_NAMES, GRAPH_NAME, Part, R2GenReferences, bleu_counts, bleu_from_counts
-from .metrics import bootstrap_sums, f1_scores, label_counts, label_matrix, not_computed, r2gen_references
-from .metrics import rouge_l_each
+from .metrics import GRAPH_NAME, Part, R2GenReferences, bleu_counts, bootstrap_difference, f1_of
+from .metrics import label_counts, label_matrix, label_parts, label_scores, not_computed, parts_table
+from .metrics import patient_sums, r2gen_references, rouge_l_each, text_parts
 from .ontology import ASKED, CHEXPERT_14, TOPICS
-from .select import ALWAYS
+from .select import ALWAYS, chosen_topics
 
 # %% ../nbs/07_evaluate.ipynb #56de339a
 EVALUATIONS: dict[str, str] = {
@@ -181,11 +181,7 @@ def parts_of(
     parts = []
     for column in [name for name in numbers if name.startswith("bleu ")]:
         name = column.removeprefix("bleu ")
-        counts = np.stack(numbers[column])
-        parts += [Part(f"BLEU-{order}", name, counts, lambda sums, name=name, order=order:
-                       bleu_from_counts(sums, name, order)) for order in (1, 2, 3, 4)]
-        mean = np.column_stack([numbers[f"rouge {name}"], np.ones(len(numbers))])
-        parts.append(Part("ROUGE-L", name, mean, lambda sums: sums[:, 0] / sums[:, 1]))
+        parts += text_parts(np.stack(numbers[column]), numbers[f"rouge {name}"].to_numpy(), name)
     parts += _label_parts(numbers)
     return [*parts, Part(GRAPH_NAME, "rules", np.stack(numbers.graph), graph_f1_from_counts)]
 
@@ -194,10 +190,9 @@ def _label_parts(numbers: pd.DataFrame) -> list[Part]:
     "F1s of both readings of uncertainty; the macro-F1 of frequent labels in the first."
     true, said = np.stack(numbers.reference), np.stack(numbers.prediction)
     parts = []
-    for mark, uncertain, least in (("", "negative", 1), ("+", "positive", 2)):
-        counts = label_counts(*((side > 0) & (side <= least) for side in (said, true)))
-        parts += [Part(f"CheXpert {name}{mark} (rules)", f"uncertain {uncertain}", counts,
-                       lambda sums, name=name: f1_scores(sums)[name]) for name in F1_NAMES]
+    for uncertain, most in (("negative", 1), ("positive", 2)):
+        counts = label_counts(*((side > 0) & (side <= most) for side in (said, true)))
+        parts += label_parts(counts, uncertain)
     often = [CHEXPERT_14.index(label) for label in frequent_labels(numbers)]
     counts = label_counts(said == 1, true == 1)[:, :, often]
     return [Part(HEADLINE[1], f"labels with {FREQUENT} positives", counts, _macro_f1), *parts] if often else parts
@@ -205,8 +200,7 @@ def _label_parts(numbers: pd.DataFrame) -> list[Part]:
 
 def _macro_f1(sums: np.ndarray) -> np.ndarray:
     "Mean F1 over the labels of sums [R, 3, labels]."
-    hits, alarms, misses = np.moveaxis(sums, -2, 0)
-    return (2 * hits / np.maximum(2 * hits + alarms + misses, 1)).mean(axis=-1)
+    return f1_of(*np.moveaxis(sums, -2, 0)).mean(axis=-1)
 
 # %% ../nbs/07_evaluate.ipynb #95738fa8
 def scores_of(
@@ -214,24 +208,9 @@ def scores_of(
     resamples: int = 1000,  # draws of patients; 0 for no intervals
 ) -> pd.DataFrame:  # metric, convention, value, low, high, n
     "Score one system in one mode, with 95 % intervals over patients; every system gets the same draws."
-    columns = ["metric", "convention", "value", "low", "high", "n"]
     if numbers.empty:
-        return pd.DataFrame(columns=columns)
-    parts = parts_of(numbers)
-    sums = _drawn(parts, numbers.patient.tolist(), resamples) if resamples else [None] * len(parts)
-    rows = []
-    for part, drawn in zip(parts, sums):
-        low, high = (np.nan, np.nan) if drawn is None else np.quantile(part.statistic(drawn), [0.025, 0.975])
-        rows.append((part.metric, part.convention, part.value(), float(low), float(high), len(numbers)))
-    return pd.DataFrame(rows, columns=columns)
-
-
-def _drawn(parts: Sequence[Part], patients: Sequence[str], resamples: int) -> list[np.ndarray]:
-    "The sums of each part over the same draws of patients."
-    sizes = [int(np.prod(part.counts.shape[1:])) for part in parts]
-    every = np.concatenate([part.counts.reshape(len(patients), -1) for part in parts], axis=1)
-    sums = np.split(bootstrap_sums(every, patients, resamples), np.cumsum(sizes)[:-1], axis=1)
-    return [part_sums.reshape(-1, *part.counts.shape[1:]) for part_sums, part in zip(sums, parts)]
+        return pd.DataFrame(columns=["metric", "convention", "value", "low", "high", "n"])
+    return parts_table(parts_of(numbers), numbers.patient.tolist(), resamples)
 
 # %% ../nbs/07_evaluate.ipynb #0be77e44
 def present_sentence(
@@ -295,14 +274,12 @@ def difference(
         raise ValueError(f"{first} has {len(keys[0])} rows and {second} {len(keys[1])}; "
                          "they must be the same studies, each once")
     one, other = (_named_part(side, metric, convention) for side in sides)
-    def score(sums: np.ndarray) -> np.ndarray:
-        return one.statistic(sums[:, 0]) - one.statistic(sums[:, 1])
-    both, patients = np.stack([one.counts, other.counts], axis=1), sides[0].patient.tolist()
-    low, high = np.quantile(score(bootstrap_sums(both, patients, resamples)), [0.025, 0.975])
-    value = one.value() - other.value()
-    chance = np.abs(score(_exchanged(both, patients, resamples)))
+    patients, value = sides[0].patient.tolist(), one.value() - other.value()
+    low, high = bootstrap_difference(one.counts, other.counts, one.statistic, patients, resamples)
+    sums = _exchanged(np.stack([one.counts, other.counts], axis=1), patients, resamples)
+    chance = np.abs(one.statistic(sums[:, 0]) - one.statistic(sums[:, 1]))
     p = (1 + int((chance >= abs(value) - 1e-12).sum())) / (1 + resamples)
-    return {"value": value, "low": float(low), "high": float(high), "p": p, "n": len(keys[0])}
+    return {"value": value, "low": low, "high": high, "p": p, "n": len(keys[0])}
 
 # %% ../nbs/07_evaluate.ipynb #7b7a8ab9
 def _named_part(numbers: pd.DataFrame, metric: str, convention: str) -> Part:
@@ -317,10 +294,8 @@ def _named_part(numbers: pd.DataFrame, metric: str, convention: str) -> Part:
 
 def _exchanged(both: np.ndarray, patients: Sequence[str], rounds: int) -> np.ndarray:
     "Sums [rounds, 2, ...] after the two sides [N, 2, ...] were exchanged for half of the patients at random."
-    names, which = np.unique(patients, return_inverse=True)
-    by_patient = np.zeros((len(names), *both.shape[1:]))
-    np.add.at(by_patient, which, both)
-    swapped = np.random.default_rng(0).random((rounds, len(names))) < 0.5
+    by_patient = patient_sums(both, patients)
+    swapped = np.random.default_rng(0).random((rounds, len(by_patient))) < 0.5
     moved = np.tensordot(swapped.astype(float), by_patient[:, 1] - by_patient[:, 0], axes=1)
     total = by_patient.sum(axis=0)
     return np.stack([total[0] + moved, total[1] - moved], axis=1)
@@ -387,9 +362,7 @@ def label_table(
     rows = []
     for key, group in numbers.groupby(list(IDENTITY), sort=False):
         counts = label_counts(np.stack(group.prediction) == 1, np.stack(group.reference) == 1).sum(axis=0)
-        for label, (hits, alarms, misses) in zip(CHEXPERT_14, counts.T.tolist()):
-            rows.append((*key, label, hits / max(hits + alarms, 1), hits / max(hits + misses, 1),
-                         2 * hits / max(2 * hits + alarms + misses, 1), hits + misses))
+        rows += [dict(zip(IDENTITY, key), label=label, **found) for label, found in label_scores(counts).items()]
     return pd.DataFrame(rows, columns=[*IDENTITY, "label", "precision", "recall", "f1", "support"])
 
 # %% ../nbs/07_evaluate.ipynb #e300bc97
@@ -449,7 +422,7 @@ def make_evaluate(
     settings = run.profile.evaluate
     studies = pd.read_parquet(run.path("data") / "studies.parquet")
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("origin == 'report'")
-    chosen = pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen")
+    chosen = chosen_topics(run)
     val, true = studies[studies.split == "val"], samples[["study", "topic", "sentence"]]
     exact = r2gen_references(studies[studies.split == "train"].findings.tolist())
     systems = list(all_predictions(run, val, samples[samples.split == "train"], chosen))

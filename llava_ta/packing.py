@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Step', 'BUDGET', 'Fetch', 'STEP', 'SQUARE', 'Sample', 'make_sample', 'Node', 'build_tree', 'Piece', 'Row', 'lay_out',
            'kept_patches', 'Pruner', 'share_beginnings', 'write_row', 'Batch', 'collate', 'pack', 'within_budget',
-           'pack_within', 'batch_losses', 'row_parts', 'peak_bytes', 'attention_flops', 'step_flops', 'seconds_of',
-           'compare_packing']
+           'pack_within', 'batch_losses', 'row_parts', 'embed_random', 'peak_bytes', 'attention_flops', 'step_flops',
+           'seconds_of', 'compare_packing']
 
 # %% ../nbs/05c_packing.ipynb #522156f5
 import time
@@ -386,6 +386,17 @@ def _random_study(
         singles.append(lay_out([Piece(root, -1), Piece(image, 0), Piece(text[:cut], 1), Piece(text[cut:], 2, topic)]))
     return lay_out(pieces), singles, sets
 
+# %% ../nbs/05c_packing.ipynb #909e794e
+def embed_random(
+    lm: PreTrainedModel,  # whose words are embedded
+    ids: torch.Tensor,  # int64 [B, L]
+    images: torch.Tensor,  # features of the images, in reading order, [M, N, H]
+) -> torch.Tensor:  # [B, L, H]
+    "Words and images of random prompts."
+    places = ids == IMAGE_TOKEN
+    words = lm.get_input_embeddings()(ids.masked_fill(places, 0).to(lm.device))
+    return words.masked_scatter(places[..., None].to(words.device), images.flatten(0, 1).to(words))
+
 # %% ../nbs/05c_packing.ipynb #fda30a58
 @dataclass
 class _Way:
@@ -400,10 +411,7 @@ class _Way:
 
     def losses(self, lm: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
         "The losses of a language model; features are embedded images [M, N, H]."
-        places = self.ids == IMAGE_TOKEN
-        words = lm.get_input_embeddings()(self.ids.masked_fill(places, 0).to(features.device))
-        shown = features[self.images].flatten(0, 1).to(words.dtype)
-        embedded = words.masked_scatter(places[..., None].to(words.device), shown)
+        embedded = embed_random(lm, self.ids, features[self.images])
         return losses_at(lm, last_hidden(lm, embedded, self.positions, self.tree), self.where, self.targets)
 
 # %% ../nbs/05c_packing.ipynb #2b569dc4

@@ -33,6 +33,7 @@ from .evaluate import over_seeds, paired_texts, published_html
 from .films import film_uri
 from .ontology import REGIONS, TOPICS, region_set
 from .segment import REGION_COLOURS, MaskStore
+from .select import chosen_topics
 from .studies import is_credentialed, load_studies
 
 # %% ../nbs/11_reproduce.ipynb #43cadfa1
@@ -499,8 +500,7 @@ def _studies(run: Run) -> tuple[str, int]:
     studies = pd.read_parquet(run.path("data") / "studies.parquet").query("split == 'val'")
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("split == 'val' and origin == 'report'")
     films, masks = FilmStore(run.path("data")), MaskStore(run.path("segment"))
-    said = {mode: _predictions(run, mode) for mode in modes}
-    chosen = pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen")
+    said, chosen = {mode: _predictions(run, mode) for mode in modes}, chosen_topics(run)
     topical, articles = next((mode for mode in ("anatomy", "topic") if mode in modes), ""), []
     for name in shown_studies(studies, samples, profile.evaluate.show):
         study = studies[studies.study == name].iloc[0]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SELECTED', 'ALWAYS', 'STRENGTHS', 'NIH_TOPICS', 'present_topics', 'head_images', 'pooled', 'platt', 'best_threshold',
            'Head', 'fit_head', 'Selector', 'two_answers', 'log_odds', 'calibrated', 'reliability', 'auroc_interval',
-           'selection_scores', 'calibration_plot', 'fit_heads', 'make_select', 'read_nih', 'nih_scores']
+           'selection_scores', 'calibration_plot', 'fit_heads', 'make_select', 'chosen_topics', 'read_nih',
+           'nih_scores']
 
 # %% ../nbs/06c_select.ipynb #5277fb79
 import csv
@@ -481,6 +482,13 @@ def make_select(
     val = (others.split.eq("val") & others.study.isin(samples.study)).to_numpy()
     found = {"heads": heads[val], "lm": lm[val]}
     return _write_scores(out, others[val], present_topics(samples, others[val].study), found, thresholds)
+
+# %% ../nbs/06c_select.ipynb #d39374f9
+def chosen_topics(
+    run: Run,  # whose select step is done
+) -> pd.DataFrame:  # study, split, topic, probabilities
+    "What the selector chose."
+    return pd.read_parquet(run.path("select") / "probabilities.parquet").query("chosen")
 
 # %% ../nbs/06c_select.ipynb #ae9ca6b0
 def _write_scores(out: Path, scored: pd.DataFrame, truth: np.ndarray, found: Mapping[str, np.ndarray],

@@ -6,9 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from llava_ta.decoding import Choice, TreeCache, compare_generation, decode_prompts, embed_random, random_prompts
+from llava_ta.decoding import Choice, TreeCache, compare_generation, decode_prompts, random_prompts
 from llava_ta.model import last_hidden
-from llava_ta.packing import Row, collate
+from llava_ta.packing import Row, collate, embed_random
 from llava_ta.tree_attention import ATTENTION
 
 VOCAB, EOS = 80, 5
