@@ -317,6 +317,8 @@ class BiasSettings(Section):
 
     sentences: int = Field(3, ge=1)  # largest K: the model completes the last K sentences
     studies: int = Field(200, ge=1)  # at most so many reports
+    written: int = Field(60, ge=0)  # of them, how many are also completed by the model itself
+    changes: int = Field(0, ge=0)  # phantoms that write their own reports: films drawn again without one finding
 
 # %% ../nbs/00_core.ipynb #03401a0f
 class Profile(Section):
@@ -402,6 +404,8 @@ def impossible(
          "data.annotations: LLaVA-Rad's files hold the test sets 'rule-based' and 'gpt4'; set data.test_set to one"),
         (profile.generate.beams > 1 and profile.generate.temperature > 0,
          "generate.beams: beams are not drawn; set generate.beams=1 or generate.temperature=0"),
+        (profile.bias.changes > 0 and data.texts != "phantom",
+         "bias.changes: only phantoms that write their own reports (data.texts: phantom) can be changed; set it to 0"),
         (bool(tower.checkpoint) == (tower.pretrain is not None),
          "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
         (profile.decompose.name == "llm" and not (profile.decompose.base_url and profile.decompose.model),
@@ -715,18 +719,13 @@ STEPS: dict[str, Step] = {
         ("metrics", "finding_graph", "assemble", "rules"),
     ),
     "attention": Step(
-        "08_attention",
-        "attention.make_attention",
-        _final(FIGURE_MODES["attention"]),
-        ("evaluate", "generate"),
+        "08_attention", "attention.make_attention", _final(FIGURE_MODES["attention"]), ("evaluate", "generate"),
         ("model", "packing", "tree_attention", "decoding", "generate", "metrics"),
     ),
     "bias": Step(
-        "09_narrative_bias",
-        "narrative_bias.make_bias",
-        _final(FIGURE_MODES["bias"]),
-        ("bias",),
-        ("model", "packing", "tree_attention", "decoding", "generate", "metrics"),
+        "09_narrative_bias", "narrative_bias.make_bias", _final(FIGURE_MODES["bias"]), ("bias", "generate"),
+        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "counterfactuals", "grammar",
+         "phantom"),
     ),
     "report": Step("11_reproduce", "reproduce.make_report", _report_needs, ("evaluate",), ()),
 }
@@ -746,13 +745,9 @@ def source_digest(
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0].value = ast.Constant("")
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            first.value = ast.Constant("")
     return digest(ast.dump(tree))
 
 # %% ../nbs/00_core.ipynb #d1d5d17c
