@@ -720,7 +720,7 @@ STEPS: dict[str, Step] = {
     ),
     "attention": Step(
         "08_attention", "attention.make_attention", _final(FIGURE_MODES["attention"]), ("evaluate", "generate"),
-        ("model", "packing", "tree_attention", "decoding", "generate", "metrics"),
+        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "gaze", "films"),
     ),
     "bias": Step(
         "09_narrative_bias", "narrative_bias.make_bias", _final(FIGURE_MODES["bias"]), ("bias", "generate"),

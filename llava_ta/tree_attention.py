@@ -235,9 +235,12 @@ class Watch:
         self,
         tree: Tree,  # of the row
         queries: Sequence[int],  # places in the row
+        slopes: bool = False,  # keep what `slopes_of` needs
     ):
         self.queries, self.paths = list(queries), [tree.path(place) for place in queries]
+        self.width = max(map(len, self.paths), default=0)  # W
         self.kept: list[torch.Tensor] = []  # of each layer, float32 [heads, Q, W]
+        self.mixed: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if slopes else None  # values, and their mixture
 
     @property
     def weights(self) -> torch.Tensor:
@@ -251,12 +254,24 @@ class Watch:
         scale: float,  # of the scores
     ) -> None:
         "Keep the weights of one layer."
-        width, kept = max(map(len, self.paths), default=0), []
-        for place, path in zip(self.queries, self.paths):
-            scores = (key[0][:, path.to(key.device)] @ query[0][:, place, :, None])[..., 0].float() * scale
-            weights = scores.softmax(-1).cpu()
-            kept.append(F.pad(weights, (0, width - len(path))))
-        self.kept.append(torch.stack(kept, 1))
+        scores = ((key[0][:, path.to(key.device)] @ query[0][:, place, :, None])[..., 0].float() * scale
+                  for place, path in zip(self.queries, self.paths))
+        self.kept.append(self._pad([one.softmax(-1) for one in scores]))
+
+    def slopes_of(
+        self,
+        score: torch.Tensor,  # a number that the forward pass has led to
+    ) -> torch.Tensor:  # float32 [layers, heads, Q, W]
+        "How the score would change with each weight: a layer mixes values by its weights, so the slope is a product."
+        slopes = torch.autograd.grad(score, [mixture for _, mixture in self.mixed])
+        return torch.stack([
+            self._pad([(value[0][:, path.to(value.device)] @ slope[0, place, :, :, None])[..., 0].float()
+                       for place, path in zip(self.queries, self.paths)])
+            for (value, _), slope in zip(self.mixed, slopes)])
+
+    def _pad(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        "Rows [heads, length] of each query as [heads, Q, W], on the CPU."
+        return torch.stack([F.pad(row.cpu(), (0, self.width - row.shape[-1])) for row in rows], 1)
 
 # %% ../nbs/04a_tree_attention.ipynb #42063494
 class Cache(Protocol):
@@ -305,7 +320,10 @@ def tree_attention(
     if watch is not None:
         watch.look(query, key, scale)
     attend = _TreeAttention.apply if query.device.type == "cpu" else _flex_attention
-    return attend(query, key, value, tree, scale), None
+    mixture = attend(query, key, value, tree, scale)
+    if watch is not None and watch.mixed is not None:
+        watch.mixed.append((value.detach(), mixture))
+    return mixture, None
 
 # %% ../nbs/04a_tree_attention.ipynb #ce2c0290
 AttentionInterface.register(ATTENTION, tree_attention)
