@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
+from threadpoolctl import threadpool_limits
 
 from .core import Run, SelectSettings, best_device, progress, read_json, write_json, write_table
 from .features import Features, film_features, final_tower, open_features
@@ -408,12 +409,13 @@ def fit_heads(
 ) -> tuple[Selector, np.ndarray]:  # heads, and cross-fitted probabilities float [N, SELECTED]
     "Fit a head for each topic."
     heads, crossed = [], []
-    for number, topic in enumerate(progress(SELECTED, "heads")):
-        images = head_images(topic, preset, names)
-        chosen = seen[:, [list(names).index(name) for name in images]].reshape(len(seen), -1)
-        head, probability = fit_head(topic, images, chosen, truth[:, number], patients, settings)
-        heads.append(head)
-        crossed.append(probability)
+    with threadpool_limits(1):  # hundreds of small products: threads that wait for one another cost more than they bring
+        for number, topic in enumerate(progress(SELECTED, "heads")):
+            images = head_images(topic, preset, names)
+            chosen = seen[:, [list(names).index(name) for name in images]].reshape(len(seen), -1)
+            head, probability = fit_head(topic, images, chosen, truth[:, number], patients, settings)
+            heads.append(head)
+            crossed.append(probability)
     return Selector(heads), np.stack(crossed, 1)
 
 # %% ../nbs/06c_select.ipynb #06ba4e93
