@@ -484,7 +484,7 @@ def make_bias(
 def dial_settings(
     settings: Settings,  # of a phantom profile
     dial: str,  # values of data.correlation, e.g. "0, 0.5, 1"
-) -> dict[float, Settings]:  # value -> settings of a run of its own
+) -> dict[float, Settings]:  # value -> settings of a run of its own, or those given where they have that value
     "One run for each setting of the dial. Raises ValueError for what is not a number from 0 to 1, or is there twice."
     try:
         values = [float(value) for value in dial.split(",")]
@@ -492,9 +492,14 @@ def dial_settings(
         values = []
     if not values or not all(0 <= value <= 1 for value in values) or len(set(values)) < len(values):
         raise ValueError(f"dial={dial!r}: give different numbers from 0 to 1, e.g. \"0, 0.5, 1\"")
-    own = "data.source=phantom, data.texts=phantom"
-    return {value: check_params(settings.name, f"{settings.run}-dial-{value:g}", ", ".join(filter(None, (
-        own, settings.overrides, f"data.correlation={value}")))) for value in values}
+    data, own = settings.profile.data, "data.source=phantom, data.texts=phantom"
+
+    def at(value: float) -> Settings:
+        if data.texts == "phantom" and data.correlation == value:
+            return settings
+        changed = ", ".join(filter(None, (own, settings.overrides, f"data.correlation={value}")))
+        return check_params(settings.name, f"{settings.run}-dial-{value:g}", changed)
+    return {value: at(value) for value in values}
 
 # %% ../nbs/09_narrative_bias.ipynb #353f9273
 def turn_dial(
