@@ -61,7 +61,7 @@ openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folde
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)
 
-# Two notebooks are tested at a time, with one thread each.
+# Two notebooks, or two files of tests, run at a time, with one thread each.
 test test-slow: export OMP_NUM_THREADS := 1
 test test-slow: export MKL_NUM_THREADS := 1
 test test-slow test-gpu: export TOKENIZERS_PARALLELISM := false
@@ -69,7 +69,7 @@ test test-slow test-gpu: export TOKENIZERS_PARALLELISM := false
 test: $(STAMP)  ## the notebooks' own tests, and the pipeline at its smallest
 	@status=0; \
 	nbdev_test --n_workers 2 || status=1; \
-	python -m pytest tests -m "not slow and not gpu" || status=1; \
+	python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile || status=1; \
 	exit $$status
 
 test-slow: $(STAMP)  ## a wheel in a clean environment, killing and resuming: up to an hour
