@@ -7,7 +7,7 @@ __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTI
            'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'answers_to', 'row_numbers', 'frequent_labels', 'parts_of',
            'scores_of', 'present_sentence', 'blind_predictions', 'selector_predictions', 'with_selector', 'difference',
            'system_name', 'all_predictions', 'label_table', 'topic_table', 'difference_table', 'make_evaluate',
-           'over_seeds', 'wide_table', 'markdown_table', 'latex_table', 'html_table', 'published_table',
+           'over_seeds', 'wide_table', 'markdown_table', 'latex_table', 'html_table', 'measured', 'published_table',
            'published_html']
 
 # %% ../nbs/07_evaluate.ipynb #351e4c30
@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from html import escape
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -542,6 +543,18 @@ def _html_row(system: str, film: str, row: pd.Series) -> str:
     name = f'{escape(system)}{" <i>blind</i>" if blind else ""}'
     kind = "blind" if blind else "seeing"
     return f'<tr class="{kind}"><th scope="row">{name}</th><td>{escape(film)}</td>{cells}</tr>'
+
+# %% ../nbs/07_evaluate.ipynb #8dfe8038
+def measured(
+    name: str,  # of a table, see llava_ta/results/README.md
+) -> pd.DataFrame:  # as it was written
+    "Read a table of measured numbers; raises ValueError that lists the tables for a name that does not exist."
+    folder = resources.files("llava_ta") / "results"
+    known = sorted(path.name.removesuffix(".csv") for path in folder.iterdir() if path.name.endswith(".csv"))
+    if name not in known:
+        raise ValueError(f"there is no table {name!r}; there are: {', '.join(known)}")
+    with (folder / f"{name}.csv").open(encoding="utf-8") as lines:
+        return pd.read_csv(lines)
 
 # %% ../nbs/07_evaluate.ipynb #7b60c857
 PUBLISHED: tuple[tuple[str, str, float | None, float | None, float | None, float | None], ...] = (
