@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTITY', 'SELECTED_MODES', 'SHOWN', 'NOTE',
-           'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'answers_to', 'row_numbers', 'frequent_labels', 'parts_of',
-           'scores_of', 'present_sentence', 'blind_predictions', 'selector_predictions', 'with_selector', 'difference',
-           'system_name', 'all_predictions', 'label_table', 'topic_table', 'difference_table', 'make_evaluate',
-           'over_seeds', 'wide_table', 'markdown_table', 'latex_table', 'html_table', 'measured', 'published_table',
-           'published_html']
+           'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'answers_to', 'shown_topics', 'row_numbers',
+           'frequent_labels', 'parts_of', 'scores_of', 'present_sentence', 'blind_predictions', 'selector_predictions',
+           'with_selector', 'difference', 'system_name', 'all_predictions', 'label_table', 'topic_table',
+           'difference_table', 'make_evaluate', 'over_seeds', 'wide_table', 'markdown_table', 'latex_table',
+           'html_table', 'measured', 'published_table', 'published_html']
 
 # %% ../nbs/07_evaluate.ipynb #351e4c30
 import re
@@ -24,12 +24,12 @@ import pandas as pd
 from .assemble import assemble
 from .core import Run, all_variants, atomic_path, progress, write_table
 from .finding_graph import graph_counts, graph_f1_from_counts
-from .generate import TopicFinding, concatenate
+from .generate import TopicFinding, concatenate, film_rows
 from .metrics import GRAPH_NAME, Part, R2GenReferences, bleu_counts, bootstrap_difference, f1_of
 from .metrics import label_counts, label_matrix, label_parts, label_scores, not_computed, parts_table
 from .metrics import patient_sums, r2gen_references, rouge_l_each, text_parts
 from .ontology import ASKED, CHEXPERT_14, TOPICS
-from .select import ALWAYS, chosen_topics
+from .select import ALWAYS, BLACK, chosen_topics
 
 # %% ../nbs/07_evaluate.ipynb #56de339a
 EVALUATIONS: dict[str, str] = {
@@ -113,6 +113,19 @@ def _first_twice(predictions: pd.DataFrame) -> str:
     "Where the first double answer is."
     row = predictions[predictions[["study", "topic"]].duplicated()].iloc[0]
     return f"{row.study}, topic '{row.topic}'"
+
+# %% ../nbs/07_evaluate.ipynb #9a5f073e
+def shown_topics(
+    chosen: pd.DataFrame,  # study, topic: what the selector chose, from the black film too
+    studies: pd.DataFrame,  # study, row: what is scored, in the order in which it was answered
+    film: str,  # what was shown, see `film_rows`
+) -> pd.DataFrame:  # study, topic: what the selector chose from the film that was shown
+    "What a system that sees such films is asked about."
+    if film not in ("black", "shuffled"):
+        return chosen
+    seen = dict(zip(studies.row, studies.study)) | {None: BLACK}
+    shown = pd.DataFrame({"shown": [seen[row] for row in film_rows(studies.row.tolist(), film)], "study": studies.study})
+    return shown.merge(chosen[["study", "topic"]].rename(columns={"study": "shown"}), on="shown")[["study", "topic"]]
 
 # %% ../nbs/07_evaluate.ipynb #9ce78bd1
 _TEXTS = ["study", "patient", "topic", "prediction", "reference"]
@@ -431,7 +444,8 @@ def make_evaluate(
     wanted = [(*system, mode) for system in systems for mode in settings.modes
               if system[0]["mode"] != "selector" or mode in SELECTED_MODES]
     for who, said, mode in progress(wanted, "scoring"):
-        rows = row_numbers(paired_texts(mode, said, val, true, chosen), settings.conventions, exact, known)
+        asked = shown_topics(chosen, val, who["film"])
+        rows = row_numbers(paired_texts(mode, said, val, true, asked), settings.conventions, exact, known)
         if len(rows):
             numbers.append(rows.assign(**who, evaluation=mode))
             scores.append(scores_of(rows, settings.bootstrap).assign(**who, evaluation=mode))
