@@ -192,6 +192,15 @@ def idea_of(
     rows = finding_rows(said[said.study == name], samples[samples.study == name], "anatomy", profile.mapping.preset)
     return FilmStore(run.path("data"))[row], MaskStore(run.path("segment"))[row], rows
 
+# %% ../nbs/11a_idea.ipynb #aacd1315
+def _silent_note(rows: pd.DataFrame) -> str:
+    "What the model says of topics that the report does not mention, in a sentence; empty if there are none."
+    silent = rows[rows.true == ""]
+    claimed = silent[silent.mark == "wrong"].topic.map(lambda topic: topic.partition("-")[2])
+    found = f"{len(claimed)} of them: {', '.join(claimed)}" if len(claimed) else "none of them"
+    said = f"On {len(silent)} more topics the report is silent; the model finds something on {found}."
+    return said if len(silent) else ""
+
 # %% ../nbs/11a_idea.ipynb #887b3a2b
 def write_idea(
     folder: Path | str,  # where pictures lie
@@ -201,11 +210,8 @@ def write_idea(
     made_by: str,  # what film and sentences come from, in a sentence
 ) -> list[Path]:  # idea.html and idea.png
     "Write the figure and its picture; `tools/build_docs.py` puts the one in the place of the other."
-    shown, silent = shown_rows(rows), rows[rows.true == ""]
-    claimed = silent[silent.mark == "wrong"].topic.map(lambda topic: topic.partition("-")[2])
-    found = f"{len(claimed)} of them: {', '.join(claimed)}" if len(claimed) else "none of them"
-    rest = f" On {len(silent)} more topics the report is silent; the model finds something on {found}."
-    note = made_by + rest * bool(len(silent))
+    shown = shown_rows(rows)
+    note = " ".join(filter(None, (made_by, _silent_note(rows))))
     html, png = Path(folder) / "idea.html", Path(folder) / "idea.png"
     with atomic_path(html) as beside:
         beside.write_text(idea_html(film, masks, shown, note) + "\n", encoding="utf-8")
