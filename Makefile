@@ -18,7 +18,7 @@ SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help install demo openi test test-slow test-gpu radgraph lab docs prepare outputs export check clean
+.PHONY: help install demo openi test test-slow test-gpu radgraph lab docs prepare outputs idea export check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -89,6 +89,10 @@ docs: $(STAMP)  ## the site, in _docs/, and README.md
 
 outputs: $(STAMP)  ## run the notebooks and store what they show
 	python tools/store_outputs.py
+
+idea: $(STAMP)  ## draw the first page's figure again, with a model of minutes
+	@mkdir -p runs/idea/notebooks
+	@set -o pipefail; $(PAPERMILL) nbs/11a_idea.ipynb runs/idea/notebooks/11a_idea.ipynb $(SHOWN)
 
 export: $(STAMP)  ## write llava_ta/ from nbs/
 	nbdev_export

@@ -124,8 +124,9 @@ def shown_topics(
     if film not in ("black", "shuffled"):
         return chosen
     seen = dict(zip(studies.row, studies.study)) | {None: BLACK}
-    shown = pd.DataFrame({"shown": [seen[row] for row in film_rows(studies.row.tolist(), film)], "study": studies.study})
-    return shown.merge(chosen[["study", "topic"]].rename(columns={"study": "shown"}), on="shown")[["study", "topic"]]
+    shown = [seen[row] for row in film_rows(studies.row.tolist(), film)]
+    found = chosen[["study", "topic"]].rename(columns={"study": "shown"})
+    return studies[["study"]].assign(shown=shown).merge(found, on="shown")[["study", "topic"]]
 
 # %% ../nbs/07_evaluate.ipynb #9ce78bd1
 _TEXTS = ["study", "patient", "topic", "prediction", "reference"]

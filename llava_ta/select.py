@@ -409,7 +409,7 @@ def fit_heads(
 ) -> tuple[Selector, np.ndarray]:  # heads, and cross-fitted probabilities float [N, SELECTED]
     "Fit a head for each topic."
     heads, crossed = [], []
-    with threadpool_limits(1):  # hundreds of small products: threads that wait for one another cost more than they bring
+    with threadpool_limits(1):  # hundreds of small products: threads that wait for one another cost more than they do
         for number, topic in enumerate(progress(SELECTED, "heads")):
             images = head_images(topic, preset, names)
             chosen = seen[:, [list(names).index(name) for name in images]].reshape(len(seen), -1)

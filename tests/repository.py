@@ -115,8 +115,13 @@ class Notebook:
 
 
 def notebooks() -> list[Notebook]:  # the numbered ones, in the order in which data flows
-    """List the notebooks without the index."""
+    """List the chapters: the notebooks without the index."""
     return [Notebook(path) for path in sorted(NBS.glob("*.ipynb")) if path.stem != "index"]
+
+
+def guides() -> list[Notebook]:  # tutorial, how-to guides, limits
+    """List the notebooks that write no module and are read on their own."""
+    return [Notebook(path) for path in sorted(NBS.glob("guides/*.ipynb"))]
 
 
 @lru_cache(maxsize=1)

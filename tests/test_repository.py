@@ -19,7 +19,7 @@ from papermill.inspection import inspect_notebook
 from check_sizes import too_large
 from clean_notebooks import without_copies
 from llava_ta.core import STEPS
-from repository import LIB, NBS, ROOT, Cell, Notebook, copy_tree, notebooks, run_python, tracked_files
+from repository import LIB, NBS, ROOT, Cell, Notebook, copy_tree, guides, notebooks, run_python, tracked_files
 
 LINE = 120  # characters
 CELL_LINES = 40  # of code in an exported cell
@@ -35,7 +35,9 @@ LONGER = {
 FORWARDS = {"pretrain": {"packing"}}  # towers come before features, features before packing, and stage 0 is packed
 ALL = notebooks()
 PIPELINE = sorted({step.notebook for step in STEPS.values()})
+GUIDES = guides()
 each = pytest.mark.parametrize("notebook", ALL, ids=lambda notebook: notebook.name)
+every_page = pytest.mark.parametrize("notebook", [*ALL, *GUIDES], ids=lambda notebook: notebook.name)
 each_pipeline = pytest.mark.parametrize("name", PIPELINE)
 
 
@@ -49,7 +51,7 @@ def listed(
 # ---- the form of a notebook
 
 
-@each
+@every_page
 def test_opening(notebook: Notebook):
     title, second, *rest = notebook.cells
     assert title.kind == "markdown", "cell 0 is the title"
@@ -57,8 +59,14 @@ def test_opening(notebook: Notebook):
     if notebook.module:
         assert second.source.strip() == f"#| default_exp {notebook.module}", "cell 1: `#| default_exp module` alone"
     introduction = next((cell for cell in (second, *rest) if cell.kind == "markdown"), None)
-    first_code = next(cell for cell in notebook.code if not cell.source.startswith("#| default_exp"))
-    assert introduction and introduction.number < first_code.number, "an introduction comes before the code"
+    code = [cell.number for cell in notebook.code if not cell.source.startswith("#| default_exp")]
+    assert introduction and introduction.number < min(code, default=2), "an introduction comes before the code"
+
+
+@pytest.mark.parametrize("notebook", GUIDES, ids=lambda notebook: notebook.name)
+def test_a_guide_writes_no_module(notebook: Notebook):
+    assert not notebook.module and not [cell.number for cell in notebook.cells if cell.exported]
+    assert re.fullmatch(r"[a-z_]+", notebook.name) and notebook.name not in {chapter.module for chapter in ALL}
 
 
 def test_module_named_by_stem():
@@ -68,7 +76,7 @@ def test_module_named_by_stem():
     assert [n.name for n, stem in zip(ALL, stems, strict=True) if n.module and n.module != stem] == []
 
 
-@each
+@every_page
 def test_import_cells_hold_imports_only(notebook: Notebook):
     found = []
     for cell in notebook.code:
@@ -106,7 +114,7 @@ def test_exported_cells_are_small(notebook: Notebook):
         assert statistics.median(cell.code_lines for cell in cells) <= MEDIAN_LINES
 
 
-@each
+@every_page
 def test_lines_are_short(notebook: Notebook):
     long = [f"cell {c.number}: {x[:60]} ..." for c in notebook.code for x in c.source.splitlines() if len(x) > LINE]
     assert not long, listed(long)
@@ -174,7 +182,7 @@ def test_enough_is_asserted(notebook: Notebook):
     assert 2 * len(asserting) >= exported, f"{len(asserting)} asserting cells for {exported} exported ones"
 
 
-@each
+@every_page
 def test_no_litter(notebook: Notebook):
     assert not [cell.number for cell in notebook.cells if not cell.source.strip()], "empty cells"
     assert not [cell.number for cell in notebook.code if "nbdev_export(" in cell.source], "cells that export"
@@ -268,8 +276,9 @@ def test_modules_come_from_notebooks():
 
 
 def test_notebooks_are_clean(regenerated: Path):
-    cleaned = {path.name: path.read_bytes() for path in (regenerated / "nbs").glob("*.ipynb")}
-    dirty = [path.name for path in sorted(NBS.glob("*.ipynb")) if path.read_bytes() != cleaned[path.name]]
+    every = [*NBS.glob("*.ipynb"), *NBS.glob("guides/*.ipynb")]
+    names = sorted(path.relative_to(NBS) for path in every)
+    dirty = [str(name) for name in names if (NBS / name).read_bytes() != (regenerated / "nbs" / name).read_bytes()]
     assert not dirty, f"run make clean: {dirty}"
 
 
@@ -373,7 +382,8 @@ def test_the_package_imports_itself_relatively():
 
 def imported_from_elsewhere() -> set[str]:  # top-level names
     """Collect what the package and the notebooks import, but for the standard library."""
-    names = {name.split(".")[0] for notebook in ALL for cell in notebook.code for name in cell.imports}
+    pages = [*ALL, *GUIDES]
+    names = {name.split(".")[0] for notebook in pages for cell in notebook.code for name in cell.imports}
     return names - set(sys.stdlib_module_names) - {"llava_ta"}
 
 

@@ -230,7 +230,8 @@ def test_the_tables_of_the_step(tiny: Run):
     folder = tiny.path("select")
     rows, scores = (pd.read_parquet(folder / f"{name}.parquet") for name in ("probabilities", "scores"))
     studies = pd.read_parquet(tiny.path("data") / "studies.parquet")
-    assert len(rows) == len(studies) * len(SELECTED) and rows.heads.between(0, 1).all() and rows.lm.isna().all()
+    assert len(rows) == (len(studies) + 1) * len(SELECTED)  # one more: the black film
+    assert rows.heads.between(0, 1).all() and rows.lm.isna().all()
     assert scores.topic.tolist() == list(SELECTED) and set(scores.by) == {"heads"}
     selector = Selector.load(folder)
     cut = rows.topic.map({topic: head.threshold for topic, head in selector.heads.items()}).astype(float)

@@ -27,6 +27,7 @@ from smalldocs.site import build
 from build_readme import write_readme
 
 ROOT = Path(__file__).resolve().parent.parent
+IMAGES = ROOT / "nbs" / "images"
 PLOTLY_JS = "site_libs/plotly.min.js"  # inside the site
 # nbdev's links inside a signature, where they are only text.
 LINK_IN_CODE = re.compile(r"\[`([^`\]]+)`\]\(https?://[^)\s]*\)")
@@ -39,6 +40,23 @@ PLOTLY_MODULE = re.compile(r'<script type="module">\s*import\s+"https://cdn\.plo
 MATHJAX_SCRIPT = re.compile(r'<script[^>]*\bsrc="https://cdnjs\.cloudflare\.com/ajax/libs/mathjax[^"]*"[^>]*></script>')
 # Style sheets of themes import their fonts from a network; the names after them in the font stack are local.
 FONT_IMPORT = re.compile(r'@import\s+url\(\s*["\']?https?://[^)]*\)\s*;')
+# A picture of nbs/images, which may have a figure in its place.
+PICTURE = re.compile(r'<img\b[^>]*\bsrc="(?:[^"]*/)?images/([\w-]+)\.png"[^>]*>')
+# Where a page is opened as a file, the search asks for search.json in vain: search.js, beside it, is loaded instead.
+SEARCH_AS_FILE = """
+if (location.protocol === "file:") window.fetch = (function (fetch) {
+  return function (url) {
+    if (!/search\\.json$/.test(url)) return fetch.apply(window, arguments);
+    return new Promise(function (found, failed) {
+      var script = document.createElement("script");
+      script.src = url.replace(/json$/, "js");
+      script.onload = function () { found(new Response(JSON.stringify(window.searchIndex))); };
+      script.onerror = failed;
+      document.head.append(script);
+    });
+  };
+})(window.fetch);
+"""
 # Whatever else a page would load: scripts, style sheets, pictures, frames. Plain links to other sites are none of it.
 LOADED = re.compile(
     r'<(?:script|img|iframe|video|audio|source|embed)\b[^>]*\bsrc=["\'](?:https?:)?//[^"\']+'
@@ -75,7 +93,7 @@ def check_sidebar(
     listed: list[str] = []
     for item in config["website"]["sidebar"]["contents"]:
         listed += item["contents"] if isinstance(item, dict) else [item]
-    pages = {path.name for path in staged.glob("*.ipynb")}
+    pages = {path.relative_to(staged).as_posix() for path in staged.rglob("*.ipynb")}
     return [f"sidebar: no page {name}" for name in listed if name not in pages] + [
         f"sidebar: {name} is not listed in nbs/_quarto.yml" for name in sorted(pages - set(listed))
     ]
@@ -89,7 +107,8 @@ def draw_formulas(
     def mathml(found: re.Match) -> str:
         tex = html.unescape(found.group(2)).strip()
         display = "block" if found.group(1) == "display" else "inline"
-        return latex2mathml.converter.convert(tex, display=display)
+        drawn = latex2mathml.converter.convert(tex, display=display)
+        return f'<span class="formula">{drawn}</span>' if display == "block" else drawn
 
     return KATEX.sub("", FORMULA.sub(mathml, page))
 
@@ -99,6 +118,29 @@ def plain_signature(
 ) -> str:  # the same, to be read
     """Take out what nbdev leaves in signatures: links as Markdown, and the module that it ran the cell in."""
     return LINK_IN_CODE.sub(r"\1", found.group(0)).replace("__main__.", "")
+
+
+def with_figures(
+    page: str,  # HTML
+    images: Path,  # folder of pictures, some with a figure of the same name, e.g. idea.png and idea.html
+) -> str:  # HTML in which a figure takes the place of its picture; the picture is left for readers without scripts
+    """Show what answers to clicks where the source, which GitHub shows too, has a picture."""
+
+    def figure(found: re.Match) -> str:
+        fragment = images / f"{found.group(1)}.html"
+        if not fragment.exists():
+            return found.group(0)
+        return f"{fragment.read_text(encoding='utf-8').strip()}<noscript>{found.group(0)}</noscript>"
+
+    return PICTURE.sub(figure, page)
+
+
+def write_search(
+    site: Path,  # the rendered site, with search.json
+) -> None:
+    """Write the index of the search as a script too: a page that is opened as a file may not fetch JSON."""
+    index = (site / "search.json").read_text(encoding="utf-8")
+    (site / "search.js").write_text(f"window.searchIndex = {index};\n", encoding="utf-8")
 
 
 def serve_locally(
@@ -111,6 +153,7 @@ def serve_locally(
         page = path.read_text(encoding="utf-8")
         up = os.path.relpath(site, path.parent).replace(os.sep, "/")
         page = PLOTLY_MODULE.sub("", MATHJAX_SCRIPT.sub("", draw_formulas(page)))
+        page = page.replace("</head>", f"<script>{SEARCH_AS_FILE}</script>\n</head>", 1)
         page, figures = PLOTLY_SCRIPT.subn("", page)
         if figures or "Plotly.newPlot(" in page:
             page = page.replace("</head>", f'<script src="{up}/{PLOTLY_JS}"></script>\n</head>', 1)
@@ -138,6 +181,10 @@ def build_docs() -> list[str]:  # warnings; an empty list if all is well
     write_readme(staged / "index.ipynb", ROOT / "README.md")
     warnings += [str(warning) for warning in build(staged, quiet=True).warnings]
     settings = get_config()
+    shutil.copytree(IMAGES, staged / "_docs" / "images", ignore=shutil.ignore_patterns("*.html"))
+    for path in (staged / "_docs").rglob("*.html"):
+        path.write_text(with_figures(path.read_text(encoding="utf-8"), IMAGES), encoding="utf-8")
+    write_search(staged / "_docs")
     warnings += serve_locally(staged / "_docs", settings.doc_host + settings.doc_baseurl)
     site = ROOT / "_docs"
     shutil.rmtree(site, ignore_errors=True)

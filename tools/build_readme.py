@@ -7,7 +7,9 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from clean_notebooks import NBS, NOTEBOOKS
+
+ROOT = NBS.parent
 NOTE = "<!-- Written by tools/build_readme.py from nbs/index.ipynb: edit that. -->\n"
 
 
@@ -49,13 +51,15 @@ def links_in_repository(
     text: str,  # Markdown with links of the site
     blob: str,  # address of the repository's files
 ) -> str:  # Markdown whose links work in a checkout
-    """Turn links to pages into links to their notebooks, and addresses of the repository's own files into paths."""
-    notebooks = {re.sub(r"^\d+[a-z]?_", "", path.stem): path.name for path in sorted((ROOT / "nbs").glob("*.ipynb"))}
+    """Point links to pages at their notebooks, addresses of the repository's own files and pictures at paths."""
+    names = [path.relative_to(NBS).with_suffix("").as_posix() for path in NOTEBOOKS]
+    notebooks = {re.sub(r"^\d+[a-z]?_", "", name): f"{name}.ipynb" for name in names}
 
     def notebook(found: re.Match) -> str:
         return f"](nbs/{notebooks[found.group(1)]})" if found.group(1) in notebooks else found.group(0)
 
-    return re.sub(r"\]\(([\w-]+)\.html\)", notebook, text).replace(f"]({blob}/", "](")
+    text = re.sub(r"\]\(([\w/-]+)\.html\)", notebook, text).replace(f"]({blob}/", "](")
+    return text.replace('src="images/', 'src="nbs/images/')
 
 
 def write_readme(

@@ -10,6 +10,7 @@ from pathlib import Path
 from nbdev.clean import nbdev_clean
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
+NOTEBOOKS = [*sorted(NBS.glob("*.ipynb")), *sorted(NBS.glob("guides/*.ipynb"))]
 FIGURE = "application/vnd.plotly.v1+json"
 
 
@@ -44,5 +45,5 @@ def clean(
 
 
 if __name__ == "__main__":
-    for found in sorted(NBS.glob("*.ipynb")):
+    for found in NOTEBOOKS:
         clean(found)

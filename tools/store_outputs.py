@@ -1,7 +1,7 @@
 """Run the notebooks above '## Run' and store what they show, for readers of the site and of GitHub.
 
-`.venv/bin/python tools/store_outputs.py` runs all, `... 04_mapping 05_model` some. Cells with `#| eval: false` are left
-as they are, so that everything stored comes from phantoms.
+`.venv/bin/python tools/store_outputs.py` runs all, `... 04_mapping guides/tutorial` some. Cells with `#| eval: false`
+are left as they are, so that everything stored comes from phantoms.
 """
 
 import multiprocessing
@@ -13,9 +13,7 @@ from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 from execnb.shell import CaptureShell
 
-from clean_notebooks import clean, without_copies
-
-NBS = Path(__file__).resolve().parent.parent / "nbs"
+from clean_notebooks import NBS, NOTEBOOKS, clean, without_copies
 
 
 def is_left_out(
@@ -44,7 +42,8 @@ def store(
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or sorted(path.stem for path in NBS.glob("[0-9]*.ipynb"))
+    every = [path.relative_to(NBS).with_suffix("").as_posix() for path in NOTEBOOKS if path.stem != "index"]
+    wanted = sys.argv[1:] or every
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, max_tasks_per_child=1, mp_context=fresh) as pool:
         for name in wanted:
