@@ -50,7 +50,7 @@ class Experiment:
 
 _BLIND = "generate.films=[real, black], evaluate.modes=[report-all, report-original, report-oracle, topic]"
 _OPENI = ("data.source=openi, data.texts=source, data.train=300, data.val=null, segment.name=offline, "
-          f"segment.weights='', {_BLIND}")
+          f"segment.weights='', bias.changes=0, {_BLIND}")
 EXPERIMENTS: dict[str, Experiment] = {
     "main": Experiment(
         "all systems, all scores and both figures on one page", "see the cited table", "report"),
