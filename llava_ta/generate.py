@@ -113,7 +113,7 @@ def answer(
             images = batch.shown(features.stack((rows[chosen[number]], name) for number, name in batch.images))
             together = [prompt for number in chosen for prompt in asked[number]]
             eos, draws = model.tokenizer.eos_token_id, prompt_draws(together, choice, seed)
-            def note(ended: dict[int, Said]) -> None:
+            def note(ended: dict[int, Said], together: Sequence[Prompt] = together, eos: int = eos) -> None:
                 for number, said in ended.items():
                     prompt, words = together[number], [word for word in said.ids if word != eos]
                     answers[key(prompt)] = model.tokenizer.decode(words).strip(), said.score
