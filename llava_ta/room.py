@@ -447,6 +447,18 @@ def _export(
     return {f"{'report.fhir' if kind == 'fhir' else 'report'}.json": json.dumps(told, indent=1).encode()}
 Room.export = _export
 
+# %% ../nbs/09c_room.ipynb #44897ca2
+def _deliver(
+    self: Room,
+    kind: str,  # one of `EXPORTS`
+    take: Callable[[str, bytes, Callable[[int, int], None]], None],  # is given name, content, and what to tell of progress
+) -> None:
+    "Export to somebody who takes the files; raises as `export` does."
+    with self.stage("exporting") as say:
+        for name, data in self.export(kind).items():
+            take(name, data, say)
+Room.deliver = _deliver
+
 # %% ../nbs/09c_room.ipynb #b051363d
 def _authors(self: Room) -> str:
     "Who wrote the report."
@@ -466,8 +478,8 @@ def _account(self: Room, report: Report, note: str) -> dict[str, Any]:
             "narrative": " ".join(one["text"] for one in self.state["narrative"]), "report": report.to_json()}
 Room._account = _account
 
-# %% ../nbs/09c_room.ipynb #3a170543
-ACTIONS: tuple[str, ...] = ("open_film", "choose", "write", "look", "edit")
+# %% ../nbs/09c_room.ipynb #54a8064e
+ACTIONS: tuple[str, ...] = ("open_film", "choose", "write", "look", "edit", "deliver")
 
 
 def _do(
