@@ -63,7 +63,7 @@ def film_reference(
             setattr(data, name, None)
     return data
 
-# %% ../nbs/09a_dicom_seg.ipynb #f279bb58
+# %% ../nbs/09a_dicom_seg.ipynb #334cf7d5
 REGION_CODES: dict[str, Code] = {
     "vertebrae": codes.SCT.ThoracicSpine, "ribs": codes.SCT.Rib, "diaphragm": codes.SCT.Diaphragm,
     "mediastinum": codes.SCT.Mediastinum, "abdomen": codes.SCT.Abdomen, "heart": codes.SCT.Heart,
@@ -75,7 +75,7 @@ def describe_segment(
     number: int,  # of the segment, from 1
     region: str,  # out of `REGIONS`
     algorithm: str,  # what drew it, e.g. the name of a segmenter and its convention
-) -> hd.seg.SegmentDescription:
+) -> hd.seg.SegmentDescription:  # with its code and its colour
     "What a SEG says of one region."
     by = hd.AlgorithmIdentificationSequence(algorithm, codes.DCM.ArtificialIntelligence, __version__)
     colour = hd.color.CIELabColor.from_rgb(*REGION_COLOURS[region])
@@ -83,7 +83,7 @@ def describe_segment(
         number, region, codes.SCT.BodyStructure, REGION_CODES[region], "AUTOMATIC", by, generate_uid(), region,
         display_color=colour)
 
-# %% ../nbs/09a_dicom_seg.ipynb #7f2d0f3e
+# %% ../nbs/09a_dicom_seg.ipynb #b7a0bc4c
 def segmentation(
     source: pydicom.Dataset,  # from `film_reference` or `secondary_capture`
     masks: np.ndarray,  # bool [7, H, W] on the source's own pixels
@@ -92,16 +92,16 @@ def segmentation(
     "The masks of a film as a DICOM SEG; raises ValueError for masks of another size, or where no region was found."
     shape = int(source.Rows), int(source.Columns)
     if masks.shape != (len(REGIONS), *shape):
-        raise ValueError(f"masks are {list(masks.shape)}; the film wants {[len(REGIONS), *shape]}: draw them back on it "
-                         "by `Fit.back`")
+        raise ValueError(f"masks are {list(masks.shape)}; the film wants {[len(REGIONS), *shape]}: draw them back "
+                         "on it by `Fit.back`")
     found = [number for number, mask in enumerate(masks) if mask.any()]
     if not found:
         raise ValueError("no region was found on this film, so that there is nothing to store in a SEG")
     described = [describe_segment(place, REGIONS[number], algorithm) for place, number in enumerate(found, 1)]
     layers = np.stack([masks[number] for number in found], axis=-1)[None].view(np.uint8)  # [1, H, W, regions]
     return hd.seg.Segmentation(
-        [source], layers, "BINARY", described, generate_uid(), 900, generate_uid(), 1, "llava_ta", "llava_ta", __version__,
-        "none", content_label="REGIONS", content_description="Regions of a chest film. Not for clinical use.",
+        [source], layers, "BINARY", described, generate_uid(), 900, generate_uid(), 1, "llava_ta", "llava_ta",
+        __version__, "none", content_label="REGIONS", content_description="Regions of a chest film. Not for clinical use.",
         series_description="Regions of a chest film (llava_ta), not for clinical use")
 
 # %% ../nbs/09a_dicom_seg.ipynb #0823113a

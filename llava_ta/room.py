@@ -447,11 +447,11 @@ def _export(
     return {f"{'report.fhir' if kind == 'fhir' else 'report'}.json": json.dumps(told, indent=1).encode()}
 Room.export = _export
 
-# %% ../nbs/09c_room.ipynb #44897ca2
+# %% ../nbs/09c_room.ipynb #ef68461e
 def _deliver(
     self: Room,
     kind: str,  # one of `EXPORTS`
-    take: Callable[[str, bytes, Callable[[int, int], None]], None],  # is given name, content, and what to tell of progress
+    take: Callable[[str, bytes, Callable[[int, int], None]], None],  # is given name, content, whom to tell how far it is
 ) -> None:
     "Export to somebody who takes the files; raises as `export` does."
     with self.stage("exporting") as say:

@@ -52,8 +52,10 @@ function viewer(model, view, id) {
       if (mask.path && view.masks && !view.hidden.has(mask.region))
         layers.push(h("path", { class: "region", "data-region": mask.region, d: mask.path, style }));
     }
+    if (gaze.path) layers.push(h("path", { class: "shown", d: gaze.path }));
     fill(film, ...layers);
     film.classList.toggle("empty", !about.picture);
+    film.classList.toggle("looking", Boolean(gaze.item)); // regions step back behind the map
     drawCaption(about, gaze);
     drawSides(gaze);
   }
@@ -67,7 +69,8 @@ function viewer(model, view, id) {
     const every = [...model.get("sentences"), ...model.get("narrative")].find((one) => one.item === gaze.item);
     const words = every ? (gaze.word < 0 ? every.text || "(nothing)" : every.words[gaze.word]) : "";
     const shares = Object.entries(gaze.shares).map(([name, share]) => `${PARTS[name]} ${percent(share)}`).join(", ");
-    fill(caption, h("b", {}, `“${words}”`), ` looks at: ${shares}. Orange: more than an even share.`);
+    fill(caption, h("b", {}, `“${words}”`), ` looks at: ${shares}. Orange: more than an even share.`,
+        gaze.path ? " Dashed: the part that is shown for this topic." : "");
   }
 
   function drawSides(gaze) {
