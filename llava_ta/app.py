@@ -239,7 +239,7 @@ def _known(find: Callable[[], Any]) -> Any:
     except FileNotFoundError:
         return None
 
-# %% ../nbs/10_app.ipynb #0d300665
+# %% ../nbs/10_app.ipynb #fd3477aa
 def open_room(
     settings: Settings,  # from `check_params`
     checkpoint: str = "",  # see `run_model`
@@ -255,7 +255,7 @@ def open_room(
         run.make("train", mode="anatomy", stage=2, seed=0)
         model = run_model(run, "anatomy")
     elif run.profile.data.source == "phantom":
-        about += f", {checkpoint or 'final checkpoint'}: trained on drawings, so nothing that it writes is about a patient"
+        about += f", {checkpoint or 'final checkpoint'}: trained on drawings, so what it writes is about no patient"
     films, generate = _known(lambda: run_films(run)), run.profile.generate
     selector = _known(lambda: Selector.load(run.path("select")))
     tokens = generate.topic_tokens, generate.report_tokens

@@ -83,7 +83,7 @@ def describe_segment(
         number, region, codes.SCT.BodyStructure, REGION_CODES[region], "AUTOMATIC", by, generate_uid(), region,
         display_color=colour)
 
-# %% ../nbs/09a_dicom_seg.ipynb #b7a0bc4c
+# %% ../nbs/09a_dicom_seg.ipynb #8db35e0d
 def segmentation(
     source: pydicom.Dataset,  # from `film_reference` or `secondary_capture`
     masks: np.ndarray,  # bool [7, H, W] on the source's own pixels
@@ -101,7 +101,8 @@ def segmentation(
     layers = np.stack([masks[number] for number in found], axis=-1)[None].view(np.uint8)  # [1, H, W, regions]
     return hd.seg.Segmentation(
         [source], layers, "BINARY", described, generate_uid(), 900, generate_uid(), 1, "llava_ta", "llava_ta",
-        __version__, "none", content_label="REGIONS", content_description="Regions of a chest film. Not for clinical use.",
+        __version__, "none", content_label="REGIONS",
+        content_description="Regions of a chest film. Not for clinical use.",
         series_description="Regions of a chest film (llava_ta), not for clinical use")
 
 # %% ../nbs/09a_dicom_seg.ipynb #0823113a

@@ -6,11 +6,13 @@
 __all__ = ['SIGNS', 'STATE', 'NOTE', 'PICTURE', 'EXPORTS', 'ACTIONS', 'RoomFilm', 'open_file', 'run_films', 'Stopped',
            'sentence_entry', 'Room']
 
-# %% ../nbs/09c_room.ipynb #8594d3a1
+# %% ../nbs/09c_room.ipynb #7087a596
+import io
 import json
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -447,15 +449,22 @@ def _export(
     return {f"{'report.fhir' if kind == 'fhir' else 'report'}.json": json.dumps(told, indent=1).encode()}
 Room.export = _export
 
-# %% ../nbs/09c_room.ipynb #ef68461e
+# %% ../nbs/09c_room.ipynb #c9a6ca2a
 def _deliver(
     self: Room,
     kind: str,  # one of `EXPORTS`
-    take: Callable[[str, bytes, Callable[[int, int], None]], None],  # is given name, content, whom to tell how far it is
+    take: Callable[[str, bytes, Callable[[int, int], None]], None],  # is given name, content, whom to tell of pieces
 ) -> None:
-    "Export to somebody who takes the files; raises as `export` does."
+    "Export as one file, a zip of several that belong together; raises as `export` does."
     with self.stage("exporting") as say:
-        for name, data in self.export(kind).items():
+        files = self.export(kind)
+        if len(files) > 1:
+            packed = io.BytesIO()
+            with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, data in files.items():
+                    archive.writestr(name, data)
+            files = {f"{kind}.zip": packed.getvalue()}
+        for name, data in files.items():
             take(name, data, say)
 Room.deliver = _deliver
 

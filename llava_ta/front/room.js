@@ -186,28 +186,37 @@ function sentences(model, send, label, names, editable) {
       one.edited ? h("button", { onclick: () => finish(one.item, one.written) }, "As it was written") : null);
   }
 
+  function row(one, gaze, truth) {
+    const lit = gaze.item === one.item, cell = { tabindex: -1 };
+    const head = h("span", { class: `name${lit && gaze.word < 0 ? " lit" : ""}`, role: "rowheader", "data-cell": 0,
+      ...cell, title: "where the whole sentence looks" }, one.name || "sentence");
+    const words = one.words.map((word, number) => h("span", { role: "gridcell", "data-cell": number + 1, ...cell,
+      class: `word${lit && (gaze.word === number || gaze.word < 0) ? " lit" : ""}` }, word));
+    const extra = editable ? [h("span", { class: "edit", role: "gridcell", "data-cell": one.words.length + 1, ...cell,
+      "aria-label": `Edit the sentence on ${one.name}` }, "edit")] : [];
+    const by = one.edited ? "edited by you" : one.score === null ? "" : `probability ${one.score.toFixed(2)}`;
+    const said = words.length ? words.flatMap((word) => [word, " "]) : [h("i", { role: "gridcell" }, "(nothing) ")];
+    return h("div", { role: "row", class: lit ? "row lit" : "row", "data-item": one.item }, head,
+      editing === one.item ? editor(one) : h("span", { class: "said", role: "presentation" }, ...said, ...extra),
+      h("small", { class: one.edited ? "by edited" : "by", role: "presentation" }, by),
+      truth ? h("small", { class: "truth", role: "presentation" }, `truth: ${truth}`) : null);
+  }
+
+  const drawn = new Map(); // item -> [what a row was drawn from, the row]: one that did not change stays in place
   function draw() {
-    const gaze = model.get("gaze"), truth = model.get("truth").topics || {};
+    const gaze = model.get("gaze"), truth = model.get("truth").topics || {}, every = model.get(names);
     const held = grid.contains(document.activeElement) && document.activeElement.dataset.cell !== undefined;
-    const typed = editing && grid.querySelector("textarea");
-    if (typed && document.activeElement === typed && model.get(names).some((one) => one.item === editing)) return;
-    fill(grid, ...model.get(names).map((one, row) => {
-      const lit = gaze.item === one.item, at = (cell) => (row === current[0] && cell === current[1] ? 0 : -1);
-      const head = h("span", { class: `name${lit && gaze.word < 0 ? " lit" : ""}`, role: "rowheader", "data-cell": 0,
-        tabindex: at(0), title: "where the whole sentence looks" }, one.name || "sentence");
-      const words = one.words.map((word, number) => h("span", { role: "gridcell", class:
-        `word${lit && (gaze.word === number || gaze.word < 0) ? " lit" : ""}`, "data-cell": number + 1,
-      tabindex: at(number + 1) }, word));
-      const extra = editable ? [h("span", { class: "edit", role: "gridcell", "data-cell": one.words.length + 1,
-        tabindex: at(one.words.length + 1), "aria-label": `Edit the sentence on ${one.name}` }, "edit")] : [];
-      const by = one.edited ? "edited by you" : one.score === null ? "" : `probability ${one.score.toFixed(2)}`;
-      const said = one.words.length ? words.flatMap((word) => [word, " "]) : [h("i", { role: "gridcell" }, "(nothing)")];
-      return h("div", { role: "row", class: lit ? "row lit" : "row", "data-item": one.item }, head,
-        editing === one.item ? editor(one) : h("span", { class: "said", role: "presentation" }, ...said, ...extra),
-        h("small", { class: one.edited ? "by edited" : "by", role: "presentation" }, by),
-        truth[one.topic] ? h("small", { class: "truth", role: "presentation" }, `truth: ${truth[one.topic]}`) : null);
-    }));
-    if (held) focus(...current);
+    const wanted = every.map((one) => {
+      const about = gaze.item === one.item ? { item: gaze.item, word: gaze.word } : {};
+      const key = JSON.stringify([one, about, truth[one.topic], editing === one.item]);
+      if (drawn.get(one.item)?.[0] !== key) drawn.set(one.item, [key, row(one, about, truth[one.topic])]);
+      return drawn.get(one.item)[1];
+    });
+    for (const old of [...grid.children]) if (!wanted.includes(old)) old.remove();
+    wanted.forEach((node, place) => { if (grid.children[place] !== node) grid.insertBefore(node, grid.children[place] || null); });
+    const at = cells(wanted[current[0]] || grid)[current[1]] || grid.querySelector("[data-cell]");
+    at?.setAttribute("tabindex", 0);
+    if (held && document.activeElement !== at) focus(...current);
   }
   return { node: grid, draw };
 }
