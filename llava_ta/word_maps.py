@@ -95,7 +95,7 @@ def layer_uri(
     Image.fromarray(layer).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/09b_word_maps.ipynb #928b5450
+# %% ../nbs/09b_word_maps.ipynb #d7a48a79
 def region_path(
     mask: np.ndarray,  # bool [n, n] on the square
     fit: Fit,  # how the film became the square
@@ -103,7 +103,7 @@ def region_path(
 ) -> str:  # the `d` of an SVG path in pixels of the picture; "" for an empty mask
     "Draw a region back on a film as closed outlines."
     height, width = shown_size((fit.height, fit.width), 512)
-    back = replace(fit, height=height, width=width).back(mask)
+    back = replace(fit, height=height, width=width).back(mask.astype(np.float32)) > 0.5  # smoother than the nearest
     x, y = outlines(back, shape)
     points = " ".join("Z M" if one is None else f"{one:g} {two:g}" for one, two in zip(x, y))
     return f"M {points} Z" if points else ""

@@ -295,14 +295,19 @@ function opener(model, send, upload, id) {
   const node = h("section", { class: "open", "aria-label": "Choose a film" },
     h("label", { class: "films", for: `${id}-films` }, "Film of the run"), select,
     h("label", { for: `${id}-file` }, "or a file (DICOM, PNG, JPEG)"), picker, form);
+  function drawChoice() { // a film from elsewhere is none of the list
+    const { name } = model.get("film");
+    if (name) select.value = [...select.options].some((option) => option.value === name) ? name : "";
+  }
   function draw() {
     const about = model.get("about"), films = about.films || [];
     node.hidden = Boolean(about.frozen);
     form.hidden = about.paths === false;
     select.hidden = node.querySelector(".films").hidden = !films.length;
     fill(select, h("option", { value: "" }, "choose ..."), ...films.map((name) => h("option", { value: name }, name)));
+    drawChoice();
   }
-  return { node, draw };
+  return { node, draw, drawChoice };
 }
 
 function report(model, send) {
@@ -386,7 +391,7 @@ function render({ model, el }) {
     fill(log, model.get("log").map((one) => `${one.what} ${one.seconds.toFixed(1)} s`).join(" · "));
   }
   const draws = {
-    about: [drawAbout, choice.draw], film: [film.draw, drawSign, end.draw], masks: [film.drawToggles, film.draw],
+    about: [drawAbout, choice.draw], film: [film.draw, drawSign, end.draw, start.drawChoice], masks: [film.drawToggles, film.draw],
     gaze: [film.draw, said.draw, told.draw], topics: [choice.draw, drawSign],
     sentences: [said.draw, beside.draw], narrative: [told.draw, beside.draw], truth: [said.draw, beside.draw],
     report: [end.draw], sign: [drawSign], busy: [drawBusy], log: [drawLog],
