@@ -566,24 +566,24 @@ def read_a_film(page: Page) -> None:
     select = pytest.importorskip("selenium.webdriver.support.ui").Select(page.one(".open select"))
     assert "Not for clinical use." in page.text(".warning") and len(select.options) == 13
     select.select_by_index(1)
-    first = wait(lambda: page.count(".sentences .row"), 30)
+    first = wait(lambda: page.count(".sentences .finding"), 30)
     page.idle()
     assert first < 5 and "upright frontal" in page.text(".sign") and "true report" in page.text(".compared")
     assert page.count(".film .region") == 7 and not page.count(".film .heat")
-    page.click(".sentences .row .name")
+    page.click(".sentences .finding .name")
     wait(lambda: page.count(".film .heat"))
     of_sentence = page.attribute(".film .heat", "href")
-    page.click(".sentences .row .word")
+    page.click(".sentences .finding .word")
     wait(lambda: page.attribute(".film .heat", "href") != of_sentence)
     of_word = page.attribute(".film .heat", "href")
     assert "text" in page.text(".caption") and page.count(".word.lit") == 1
     page.click(".sides input[value=part]")
     assert page.attribute(".film .heat", "href") != of_word
-    page.click(".sentences .row .word")  # from here on by keys
+    page.click(".sentences .finding .word")  # from here on by keys
     page.key(keys.ARROW_RIGHT, keys.ENTER)
-    wait(lambda: page.count(".word.lit") == 1 and page.text(".word.lit") == page.text(".sentences .row .word", 1))
+    wait(lambda: page.count(".word.lit") == 1 and page.text(".word.lit") == page.text(".sentences .finding .word", 1))
     page.key(keys.ARROW_DOWN, keys.ENTER)
-    wait(lambda: "lit" in page.attribute(".sentences .row", "class", 1))
+    wait(lambda: "lit" in page.attribute(".sentences .finding", "class", 1))
     page.idle()
     page.key("m")
     assert not page.count(".film .region")
@@ -596,7 +596,7 @@ def read_a_film(page: Page) -> None:
     area.clear()
     area.send_keys("There is a small left pleural effusion.", keys.ENTER)
     wait(lambda: "small left pleural effusion" in page.text(".report pre"))
-    assert page.count(".by.edited") and page.text(".sentences .row", 1).count("effusion") == 1
+    assert page.count(".by.edited") and page.text(".sentences .finding", 1).count("effusion") == 1
 
 
 def export_and_read(page: Page) -> None:
@@ -624,7 +624,7 @@ def test_the_room_in_voila(served: Callable, browser: object, tmp_path: Path):
     wait(lambda: page.count(".open select option"), 120)
     page.shot("empty")
     read_a_film(page)
-    page.click(".sentences .row .word")
+    page.click(".sentences .finding .word")
     wait(lambda: page.count(".film .heat"))
     for width in (1280, 420):
         page.shot("looking", width)
@@ -632,7 +632,7 @@ def test_the_room_in_voila(served: Callable, browser: object, tmp_path: Path):
     for number, (name, (path, reason)) in enumerate(bad_films(tmp_path).items()):
         page.upload(path, reason)
         page.idle()
-        assert not page.count(".sentences .row"), name
+        assert not page.count(".sentences .finding"), name
         if name in ("cat", "lateral picture"):
             page.shot(name.replace(" ", "-"), (1280, 420)[number % 2])
     large = tmp_path / "large.png"
@@ -640,7 +640,7 @@ def test_the_room_in_voila(served: Callable, browser: object, tmp_path: Path):
     assert large.stat().st_size > 90_000_000  # far beyond any limit of one message
     page.one(".file").send_keys(str(large))
     wait(lambda: "loading large.png" in page.text(".busy"))  # a sign of progress
-    wait(lambda: page.count(".sentences .row"), 180, lambda: page.text(".busy") + page.text(".sign"))
+    wait(lambda: page.count(".sentences .finding"), 180, lambda: page.text(".busy") + page.text(".sign"))
     page.idle()
     assert "11180 x 8944" in page.text(".caption")
     good = save_dicom(tmp_path / "good.dcm", np.round((1 - phantom()) * 4095), "MONOCHROME1")

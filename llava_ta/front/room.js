@@ -196,7 +196,7 @@ function sentences(model, send, label, names, editable) {
       "aria-label": `Edit the sentence on ${one.name}` }, "edit")] : [];
     const by = one.edited ? "edited by you" : one.score === null ? "" : `probability ${one.score.toFixed(2)}`;
     const said = words.length ? words.flatMap((word) => [word, " "]) : [h("i", { role: "gridcell" }, "(nothing) ")];
-    return h("div", { role: "row", class: lit ? "row lit" : "row", "data-item": one.item }, head,
+    return h("div", { role: "row", class: lit ? "finding lit" : "finding", "data-item": one.item }, head,
       editing === one.item ? editor(one) : h("span", { class: "said", role: "presentation" }, ...said, ...extra),
       h("small", { class: one.edited ? "by edited" : "by", role: "presentation" }, by),
       truth ? h("small", { class: "truth", role: "presentation" }, `truth: ${truth}`) : null);
