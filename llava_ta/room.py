@@ -120,13 +120,13 @@ SIGNS: dict[str, str] = {  # status of a film -> what the room says
                 "or no film at all. Do not trust what is written about it.",
 }
 
-# %% ../nbs/09c_room.ipynb #a375e0fd
+# %% ../nbs/09c_room.ipynb #a77c9932
 STATE: dict[str, Any] = {  # what a room shows -> before a film is opened
     "film": {},  # name, height, width, picture (a data URI), shown ([height, width] of the picture), status
     "masks": [],  # of each region: region, colour, path (SVG, in pixels of the picture), status
     "topics": [],  # of each: topic, name, kind, region, probability (None: not judged), asked
     "sentences": [],  # of each: item, topic, name, region, score, text, written, edited, words
-    "narrative": [],  # the same for the narrative model's sentences
+    "narrative": [],  # the same for the narrative model's sentences, and place: number of the first word in its report
     "truth": {},  # topics (topic -> sentence) and report, where there is one
     "report": {},  # text as it would be exported, and what became of each statement
     "gaze": {},  # item, word, film and part (layers as data URIs), path of the part shown, shares
@@ -347,19 +347,22 @@ def _write(
         self._write_narrative()
 Room.write = _write
 
-# %% ../nbs/09c_room.ipynb #59de20ea
+# %% ../nbs/09c_room.ipynb #d5c94b78
 def _write_narrative(self: Room) -> None:
     "Let the narrative model write its report, and cut it into sentences."
     prompt = study_prompts(self.writer, "film", 0)[0]
     with self.stage("writing the narrative, to compare"):
         features = self.features["narrative"]
         said = answer(self.writer, [prompt], features, Choice(self.tokens[1])).iloc[0]
-        self.written[""] = prompt
-        self._narrative = said.sentence
-    parts = [said.sentence[start:end + 1].strip() for start, end in split_sentences(said.sentence)]
+        self.written[""], self._narrative = prompt, said.sentence
     about = {found.sentence: found.topic for found in RuleDecomposer().decompose(said.sentence)}
-    self.set("narrative", [sentence_entry(f"narrative {number}", "", "all", part, said.score) | {
-        "name": TOPICS[about[part]].name if part in about else ""} for number, part in enumerate(parts) if part])
+    begins, entries = [start for start, _ in word_spans(said.sentence)], []
+    for number, (start, end) in enumerate(split_sentences(said.sentence)):
+        part = said.sentence[start:end + 1].strip()
+        entry = sentence_entry(f"narrative {number}", "", "all", part, said.score)
+        place = int(np.searchsorted(begins, start))  # of its first word in the whole report
+        entries += [entry | {"place": place, "name": TOPICS[about[part]].name if part in about else ""}] if part else []
+    self.set("narrative", entries)
 Room._write_narrative = _write_narrative
 
 # %% ../nbs/09c_room.ipynb #b3913a7f
@@ -388,7 +391,7 @@ def _look(
                       "shares": dict(zip(names, shares))})
 Room.look = _look
 
-# %% ../nbs/09c_room.ipynb #e25606ad
+# %% ../nbs/09c_room.ipynb #d962198e
 def _gaze_of(self: Room, entry: dict[str, Any], word: int) -> Gaze:
     "The gaze of a word of a sentence; each answer is read to the model once."
     narrative = not entry["topic"]
@@ -401,10 +404,9 @@ def _gaze_of(self: Room, entry: dict[str, Any], word: int) -> Gaze:
     tokens = word_tokens(model, whole, model.config.template)
     if not tokens:
         return known[key]
-    begins = [start for start, _ in word_spans(whole)]
-    first = begins.index(whole.index(entry["text"])) if narrative else 0
-    first, last = (first, first + len(entry["words"])) if word < 0 else (first + word, first + word + 1)
-    return words_gaze(known[key], tokens, first, last)
+    place = entry.get("place", 0)
+    first, last = (place, place + len(entry["words"])) if word < 0 else (place + word, place + word + 1)
+    return words_gaze(known[key], tokens, min(first, len(tokens) - 1), min(last, len(tokens)))
 Room._gaze_of = _gaze_of
 
 # %% ../nbs/09c_room.ipynb #dbff6859

@@ -190,6 +190,24 @@ def test_every_word_of_every_sentence_can_be_looked_at(room: Room, tmp_path: Pat
         assert len(maps) > 1 or len(one["words"]) < 2
 
 
+def test_a_repeated_sentence_of_a_narrative_is_looked_at_where_it_stands(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said = "The heart is large. No edema.The heart is large. No edema."  # a blank is missing
+    table = pd.DataFrame([("film", "", said, 0.5)], columns=["study", "topic", "sentence", "score"])
+    room.open_film(str(save_png(tmp_path / "film.png", phantom())))
+    room.choose(list(SENTENCES))
+    room.write()
+    monkeypatch.setattr("llava_ta.room.answer", lambda *_, **__: table)
+    room._write_narrative()
+    same = [one for one in room.state["narrative"] if one["text"] == "The heart is large."] or room.state["narrative"]
+    maps = []
+    for one in [*same, *room.state["narrative"]]:
+        assert room.do("look", item=one["item"]), room.state["sign"]
+        maps.append(room.state["gaze"]["film"])
+    assert len(same) < 2 or maps[0] != maps[1]
+
+
 def test_bad_films_give_a_sign_and_the_room_goes_on(room: Room, tmp_path: Path):
     for name, (path, reason) in bad_films(tmp_path).items():
         opened = room.do("open_film", source=str(path), name=f"my {name}")
