@@ -5,8 +5,6 @@ const UPLOAD = 1 << 20; // bytes of a piece: far below any limit of a websocket'
 const PARTS = { film: "whole film", part: "part shown", text: "text" };
 const LEVELS = { ok: "Good", warn: "Take care", error: "Not possible" };
 
-let rooms = 0; // several views of one room need different ids
-
 /** Make an element: `h("p", {class: "x", onclick: f}, "text", child)`. */
 function h(tag, props = {}, ...children) {
   const svg = ["svg", "image", "path", "g", "clipPath", "title"].includes(tag);
@@ -350,7 +348,7 @@ function compared(model, grid) {
 }
 
 function render({ model, el }) {
-  const id = `room-${(rooms += 1)}`;
+  const id = `room-${Math.random().toString(36).slice(2)}`; // several rooms on a page need different ids
   const view = { masks: true, hidden: new Set(), side: "film" };
   const send = (content, buffers = []) => model.send(content, undefined, buffers);
   const sign = h("p", { class: "sign", role: "status", "aria-live": "polite" });
