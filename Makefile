@@ -18,7 +18,7 @@ SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help install demo openi test test-slow test-gpu radgraph lab docs prepare outputs idea export check clean
+.PHONY: help install demo openi test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -83,6 +83,9 @@ radgraph: $(STAMP)  ## environments of their own for RadGraph F1: 6 GB each with
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	jupyter lab --notebook-dir nbs
+
+room: $(STAMP)  ## the reading room in a browser: make room RUN=demo
+	python -m llava_ta.serve $(if $(RUN),--run "$(RUN)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 docs: $(STAMP)  ## the site, in _docs/, and README.md
 	python tools/build_docs.py

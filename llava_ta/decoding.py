@@ -174,7 +174,8 @@ def draw_words(
 
 # %% ../nbs/05g_decoding.ipynb #7b0db123
 def _grow(
-    lm: PreTrainedModel, cache: TreeCache, logits: torch.Tensor, choice: Choice, eos: int | None, draws: torch.Tensor
+    lm: PreTrainedModel, cache: TreeCache, logits: torch.Tensor, choice: Choice, eos: int | None, draws: torch.Tensor,
+    heard: Callable[[dict[int, Said]], None],
 ) -> list[Said]:
     "Continue every sentence by one word after another."
     said, left = [Said() for _ in draws], torch.arange(len(draws))
@@ -184,8 +185,10 @@ def _grow(
         for sentence, word, log in zip(left.tolist(), words.tolist(), logs.tolist()):
             said[sentence].ids.append(word)
             said[sentence].logs.append(log)
+        last = step + 1 == choice.tokens
         on = (words.cpu() != eos).nonzero()[:, 0] if eos is not None else torch.arange(len(words))
-        if not len(on) or step + 1 == choice.tokens:
+        heard({sentence: said[sentence] for sentence in left.tolist() if last or said[sentence].ids[-1] == eos})
+        if last or not len(on):
             break
         left = left[on]
         cache.choose(on)
@@ -199,6 +202,11 @@ class _Beams:
 
     running: list[Said] = field(default_factory=lambda: [Said()])
     finished: list[Said] = field(default_factory=list)
+
+    @property
+    def best(self) -> Said:
+        "The sentence so far."
+        return self.finished[0] if self.finished else self.running[0]
 
     def extend(self, candidates: list[tuple[int, int, float]], beams: int, eos: int | None, last: bool) -> list[int]:
         "Take up (beam, word, log-probability) from the best down; returns the beams that go on, empty at the end."
@@ -218,7 +226,8 @@ class _Beams:
 
 # %% ../nbs/05g_decoding.ipynb #0f638207
 def _search(
-    lm: PreTrainedModel, cache: TreeCache, logits: torch.Tensor, choice: Choice, eos: int | None
+    lm: PreTrainedModel, cache: TreeCache, logits: torch.Tensor, choice: Choice, eos: int | None,
+    heard: Callable[[dict[int, Said]], None],
 ) -> list[Said]:
     "Continue every sentence by beam search."
     every = [_Beams() for _ in cache.study]
@@ -238,12 +247,13 @@ def _search(
                 words += [said.ids[-1] for said in beams.running]
                 going.append(prompt)
             start += size
+        heard({prompt: every[prompt].best for prompt in left if prompt not in going})
         if not going:
             break
         left = going
         cache.choose(torch.tensor(parents))
         logits = cache.advance(lm, torch.tensor(words))
-    return [beams.finished[0] if beams.finished else beams.running[0] for beams in every]
+    return [beams.best for beams in every]
 
 # %% ../nbs/05g_decoding.ipynb #8be0d9d9
 @torch.inference_mode()
@@ -254,16 +264,17 @@ def decode_prompts(
     choice: Choice,  # how sentences are continued
     eos: int | None,  # the end token; None: every sentence has all its tokens
     draws: torch.Tensor | None = None,  # [N, tokens] in [0, 1), for a temperature; None: from one seed
+    heard: Callable[[dict[int, Said]], None] = lambda ended: None,  # told after each step which sentences ended with it
 ) -> list[Said]:  # one for each of `batch.asked`
-    "Continue all prompts of a batch together."
+    "Continue all prompts of a batch together; what `heard` raises stops it."
     cache, numbers = TreeCache(batch), torch.Generator().manual_seed(0)
     hidden = last_hidden(lm, embedded, batch.positions, batch.tree, cache=cache)
     logits = lm.lm_head(hidden[0, [place for _, place in batch.asked]]).float()
     del hidden
     if choice.beams > 1:
-        return _search(lm, cache, logits, choice, eos)
+        return _search(lm, cache, logits, choice, eos, heard)
     draws = torch.rand(len(batch.asked), choice.tokens, generator=numbers) if draws is None else draws
-    return _grow(lm, cache, logits, choice, eos, draws)
+    return _grow(lm, cache, logits, choice, eos, draws, heard)
 
 # %% ../nbs/05g_decoding.ipynb #55b90db6
 @dataclass

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .core import GenerateSettings, Run, best_device, digest, launched, progress, write_table
-from .decoding import Choice, decode_prompts
+from .decoding import Choice, Said, decode_prompts
 from .features import Features, HeldFeatures, black_film, film_features, image_names, open_features
 from .films import fit_film, read_film
 from .mapping import union_mask
@@ -100,6 +100,7 @@ def answer(
     budget: int = BUDGET,  # tokens of prompts that are read together
     seed: int = 0,  # of draws, with a temperature
     desc: str = "",  # for a progress bar; empty: none
+    heard: Callable[[Prompt, str, float], None] | None = None,  # told each sentence and its score as it ends
 ) -> pd.DataFrame:  # study, topic, sentence, score; in the order of the prompts
     "Answer all prompts, those about a film from one tree; unless words are drawn, no question about it is asked twice."
     def key(prompt: Prompt) -> tuple:
@@ -118,11 +119,15 @@ def answer(
             images = batch.shown(features.stack((rows[chosen[number]], name) for number, name in batch.images))
             together = [prompt for number in chosen for prompt in asked[number]]
             eos, draws = model.tokenizer.eos_token_id, prompt_draws(together, choice, seed)
+            def note(ended: dict[int, Said], together: Sequence[Prompt] = together, eos: int = eos) -> None:
+                for number, said in ended.items():
+                    prompt, words = together[number], [word for word in said.ids if word != eos]
+                    answers[key(prompt)] = model.tokenizer.decode(words).strip(), said.score
+                    if heard:
+                        heard(prompt, *answers[key(prompt)])
             with torch.inference_mode():
                 embedded = model.embed(batch.ids, images)
-            for prompt, said in zip(together, decode_prompts(model.llama, embedded, batch, choice, eos, draws)):
-                words = [word for word in said.ids if word != eos]
-                answers[key(prompt)] = model.tokenizer.decode(words).strip(), said.score
+            decode_prompts(model.llama, embedded, batch, choice, eos, draws, note)
             bar.update(len(chosen))
     table = [(prompt.study, prompt.topic, *answers[key(prompt)]) for prompt in prompts]
     return pd.DataFrame(table, columns=["study", "topic", "sentence", "score"])
@@ -238,7 +243,7 @@ class TopicFinding:
 
     topic: str  # a topic's id; "" for a whole narrative report
     region: str  # the region set shown beside the film; "all" where that was the whole film, or none of it was found
-    score: float  # probability of the sentence's tokens, geometric mean, in (0, 1]
+    score: float | None  # probability of the sentence's tokens, geometric mean, in (0, 1]; None: a person wrote it
     sentence: str  # what the model says
 
 # %% ../nbs/06a_generate.ipynb #d47e7f87

@@ -52,7 +52,7 @@ def test_wheel_carries_everything_and_nothing_else(wheel: Path):
         if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
     }
     assert carried == wanted
-    for needed in ("llava_ta/ontology.yaml", "llava_ta/profiles/tiny.yaml"):
+    for needed in ("llava_ta/ontology.yaml", "llava_ta/profiles/tiny.yaml", "llava_ta/front/room.js"):
         assert needed in carried
     assert any(re.fullmatch(r"llava_ta/weights/\w+\.safetensors", name) for name in carried)
 
