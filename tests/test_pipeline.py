@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from safetensors.torch import load_file
 
 from llava_ta.core import STEPS, Ref, all_variants, load_profile, read_json, ref
 from llava_ta.llava_rad import export_llava_rad
@@ -23,24 +22,6 @@ STUDIES = TINY.data.train + TINY.data.val
 def artefacts() -> list[Ref]:  # every artefact of the tiny profile
     """List what a finished run holds."""
     return [found for step, row in STEPS.items() for found in (all_variants(step, TINY) if row.keys else [ref(step)])]
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs, empty at first."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="session")
-def trained(runs: Path) -> Ran:
-    """One step in an empty folder: it makes what it lacks."""
-    return papermill("06_train", runs, stage=2)
-
-
-@pytest.fixture(scope="session")
-def finished(runs: Path, trained: Ran) -> Ran:
-    """The whole pipeline, from where training left it."""
-    return papermill("11_reproduce", runs, profile="tiny")
 
 
 def record(
@@ -108,39 +89,12 @@ def test_nothing_is_made_twice(finished: Ran, runs: Path):
 
 def test_a_change_remakes_only_what_depends_on_it(finished: Ran, runs: Path):
     before = stamps(runs)
-    changed = papermill("11_reproduce", runs, profile="tiny", overrides="bias.sentences=2")
+    changed = papermill("11_reproduce", runs, profile="tiny", overrides="bias.sentences=2, bias.changes=4")
     assert changed.status == 0, changed.said
     remade = {folder for folder, stamp in stamps(runs).items() if stamp != before[folder]}
     assert remade == {"bias", "report"}
-
-
-@pytest.mark.parametrize(
-    ("parameters", "allowed"),
-    [
-        ({"stage": 3}, r"stage=3: allowed are 1, 2"),
-        ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, paper, llava-rad"),
-        ({"overrides": "train.stage2.epoch=1"}, r"train\.stage2\.epoch: unknown key"),
-        ({"overrides": "lora.rank=0"}, r"lora\.rank: .*greater than or equal to 1"),
-        ({"run": "../elsewhere"}, r"run='\.\./elsewhere'"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-def test_wrong_parameters_fail_at_once(tmp_path: Path, parameters: dict, allowed: str):
-    ran = papermill("06_train", tmp_path, **parameters)
-    assert ran.status != 0
-    assert ran.seconds < 15, f"{ran.seconds:.0f} s"
-    assert re.search(allowed, ran.said), ran.said[-2000:]
-    assert [path.name for path in tmp_path.iterdir()] == ["06_train.out.ipynb"], "nothing else is written"
-
-
-@pytest.mark.parametrize("profile", ["paper", "llava-rad", "openi"])
-def test_what_is_absent_is_listed(tmp_path: Path, profile: str):
-    code = f"from llava_ta.core import load_profile, preflight; print(preflight(load_profile({profile!r})))"
-    done = run_python("-c", code, LLAVA_TA_OPENI_DIR="", LLAVA_TA_MIMIC_DIR="")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"absent: data\.dir", done.stdout) and re.search(r"needs: .* GB of disk", done.stdout)
-    ran = papermill("11_reproduce", tmp_path, profile=profile)
-    assert ran.status != 0 and "absent: data.dir" in ran.said, ran.said[-2000:]
+    flips = pd.read_parquet(runs / "tiny" / "bias" / "flips.parquet")
+    assert len(flips) == 4 * 3 * 3  # films, given sentences from 0 to 2, systems: narrative, anatomy, anatomy told
 
 
 # ---- what came out
@@ -245,22 +199,6 @@ for finding in model.report("film.png"):
     assert all(set(re.split(r"[^a-z]+", row[1])) & {*REGIONS, "all"} for row in rows)
 
 
-def test_other_wiring_runs_to_the_same_page(finished: Ran, runs: Path):
-    """One system instead of three, a language model from a folder, tuned whole, in half precision."""
-    base = runs / "tiny" / "lm"
-    wanted = f"train.modes=[topic], train.tune=full, train.dtype=bfloat16, lm.checkpoint={base}, lm.pretrain=null"
-    ran = papermill("11_reproduce", runs, profile="tiny", run="other", overrides=wanted)
-    assert ran.status == 0, ran.said
-    assert (runs / "other" / "report.html").read_text(encoding="utf-8").count("Not drawn") == 2
-    first, second = (runs / "other" / ref("train", mode="topic", stage=stage, seed=0).folder for stage in (1, 2))
-    assert read_json(first / "config.json")["lm_checkpoint"] == str(base) and not (first / "lm").exists()
-    config = read_json(second / "config.json")
-    assert (config["lm_checkpoint"], config["adapter"], config["dtype"]) == ("", False, "bfloat16")
-    tuned, start = (load_file(folder / "model.safetensors") for folder in (second / "lm", base))
-    changed = [name for name, weight in tuned.items() if not weight.float().allclose(start[name].bfloat16().float())]
-    assert len(changed) > len(tuned) / 2, "what was learned is in the checkpoint"
-
-
 def test_published_narrative_is_imported(finished: Ran, runs: Path, tmp_path: Path):
     """A checkpoint in LLaVA-Rad's layout takes the place of training, and writes what the model behind it writes."""
     made = runs / "tiny" / ref("train", mode="narrative", stage=2, seed=0).folder
@@ -278,20 +216,6 @@ def test_published_narrative_is_imported(finished: Ran, runs: Path, tmp_path: Pa
 
 
 # ---- interruption
-
-
-def test_two_processes_share_the_work(tmp_path: Path):
-    """The second waits for the first, and neither makes what the other has made."""
-    both = [
-        subprocess.Popen(
-            command("02_decompose", tmp_path / f"out{number}.ipynb"), cwd=ROOT, env=surroundings(tmp_path),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for number in (1, 2)
-    ]
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert (tmp_path / "tiny" / "decompose" / "record.json").exists()
 
 
 def same_tables(

@@ -112,7 +112,8 @@ def test_processes_part_before_they_end(tmp_path: Path):
     """Threads between them that outlive the interpreter abort or hang a run that is finished."""
     (tmp_path / "part.py").write_text(PART)
     done = run_python(*launch(2), str(tmp_path / "part.py"), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    assert done.returncode == 0 and done.stdout.split() == ["parted"] * 2, done.stdout + done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("parted") == 2 and "joined" not in done.stdout, done.stdout  # lines may run together
 
 
 OFTEN = """

@@ -181,7 +181,8 @@ def build_docs() -> list[str]:  # warnings; an empty list if all is well
     write_readme(staged / "index.ipynb", ROOT / "README.md")
     warnings += [str(warning) for warning in build(staged, quiet=True).warnings]
     settings = get_config()
-    shutil.copytree(IMAGES, staged / "_docs" / "images", ignore=shutil.ignore_patterns("*.html"))
+    pictures, pages = staged / "_docs" / "images", shutil.ignore_patterns("*.html")
+    shutil.copytree(IMAGES, pictures, ignore=pages, dirs_exist_ok=True)  # some are there because a page shows them
     for path in (staged / "_docs").rglob("*.html"):
         path.write_text(with_figures(path.read_text(encoding="utf-8"), IMAGES), encoding="utf-8")
     write_search(staged / "_docs")
