@@ -62,8 +62,9 @@ def test_other_wiring_runs_to_the_same_page(trained: Ran, runs: Path):
     """One system instead of three, a language model from a folder, tuned whole, in half precision."""
     base = runs / "tiny" / "lm"
     wanted = f"train.modes=[topic], train.tune=full, train.dtype=bfloat16, lm.checkpoint={base}, lm.pretrain=null"
-    ran = papermill("11_reproduce", runs, profile="tiny", run="other", overrides=wanted)
-    assert ran.status == 0, ran.said
+    line = ("-m", "llava_ta.reproduce", "--profile", "tiny", "--run", "other", "--overrides", wanted)
+    done = run_python(*line, PYTHONPATH=str(ROOT), LLAVA_TA_RUNS=str(runs), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
     assert (runs / "other" / "report.html").read_text(encoding="utf-8").count("Not drawn") == 2
     first, second = (runs / "other" / ref("train", mode="topic", stage=stage, seed=0).folder for stage in (1, 2))
     assert read_json(first / "config.json")["lm_checkpoint"] == str(base) and not (first / "lm").exists()

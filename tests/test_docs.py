@@ -195,6 +195,7 @@ def window(request: pytest.FixtureRequest) -> Iterator[Chrome]:
     driver.quit()
 
 
+@pytest.mark.slow
 @needs_browser
 def test_pages_fit(tree: Path, pages: dict[str, Page], window: Chrome):
     """Nothing reaches beyond the right edge, unless the reader can scroll to it within its box."""

@@ -262,6 +262,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_tree(tmp_path_factory.mktemp("reader") / "tree")
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tree: Path):
     """The second command uses the checkpoint of the first, and the page that it promises needs no network."""
     training, page = blocks("sh", page="tutorial")
