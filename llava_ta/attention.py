@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'OCCLUDED', 'WINDOWS', 'COLUMNS', 'map_scores', 'blind_maps', 'asserts', 'drawn_findings', 'stated_findings',
            'finding_rows', 'summarise', 'agreement', 'head_rows', 'head_figure', 'heat_film', 'jpeg_uri', 'Example',
            'attention_figure', 'static_figure', 'choose_examples', 'present_findings', 'Seen', 'look_at_findings',
-           'find_tables', 'make_attention', 'trained_anatomy', 'read_boxes', 'box_mask', 'box_tables']
+           'find_tables', 'make_attention', 'final_model', 'read_boxes', 'box_mask', 'box_tables']
 
 # %% ../nbs/08_attention.ipynb #32763e06
 import base64
@@ -384,7 +384,7 @@ def make_attention(
         run.say("attention: the val split has no present finding, so there is nothing to look at")
     else:
         choice = Choice(run.profile.generate.topic_tokens)
-        seen = look_at_findings(trained_anatomy(run), cases, open_features(run), (films, masks), choice)
+        seen = look_at_findings(final_model(run), cases, open_features(run), (films, masks), choice)
     tables, shown = find_tables(seen, run.profile, masks), run.profile.evaluate.show
     for name, table in tables.items():
         write_table(out / f"{name}.parquet", table)
@@ -399,11 +399,12 @@ def make_attention(
     return _told(seen, tables)
 
 # %% ../nbs/08_attention.ipynb #fb0796b0
-def trained_anatomy(
+def final_model(
     run: Run,  # whose checkpoint is used
+    mode: str = "anatomy",  # narrative, topic or anatomy
 ) -> LlavaTA:  # in evaluation mode
-    "The final system with two images, first seed."
-    model = LlavaTA.from_pretrained(run.path("train", mode="anatomy", stage=2, seed=run.profile.train.seeds[0]))
+    "A system as training left it, first seed."
+    model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=2, seed=run.profile.train.seeds[0]))
     return model.to(best_device()).eval()
 
 # %% ../nbs/08_attention.ipynb #44c382be
@@ -481,7 +482,7 @@ def box_tables(
     segmenter: str = "offline",  # where the run's own knows phantoms only
 ) -> dict[str, pd.DataFrame]:  # as `find_tables`, about pneumonia
     "Where a model looks on films with boxes, which neither it nor its tower has seen."
-    folder, profile, model = Path(folder or os.environ.get("LLAVA_TA_NIH_DIR", "")), run.profile, trained_anatomy(run)
+    folder, profile, model = Path(folder or os.environ.get("LLAVA_TA_NIH_DIR", "")), run.profile, final_model(run)
     boxed, blind = read_boxes(folder), profile.segment.name == "truth"
     seen_by = get_segmenter(segmenter if blind else profile.segment.name, "" if blind else profile.segment.weights)
     films, cases = [], []

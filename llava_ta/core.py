@@ -724,8 +724,8 @@ STEPS: dict[str, Step] = {
     ),
     "bias": Step(
         "09_narrative_bias", "narrative_bias.make_bias", _final(FIGURE_MODES["bias"]), ("bias", "generate"),
-        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "counterfactuals", "grammar",
-         "phantom"),
+        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "counterfactuals", "attention",
+         "grammar", "phantom"),
     ),
     "report": Step("11_reproduce", "reproduce.make_report", _report_needs, ("evaluate",), ()),
 }

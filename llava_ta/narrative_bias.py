@@ -22,7 +22,8 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 
-from .core import Run, Settings, best_device, check_params, write_table
+from .attention import final_model
+from .core import Run, Settings, check_params, write_table
 from .counterfactuals import answer_scores, draw_changes, flip_falls, flip_rows, flip_table
 from .counterfactuals import sample_changes, tell
 from .data import FilmStore
@@ -359,12 +360,6 @@ def asked_of(
     return {system: [topic_asked(some, most, told) if some else {} for some in samples]
             for system, told in {mode: False, f"{mode}, told": True}.items()}
 
-# %% ../nbs/09_narrative_bias.ipynb #ba7bb076
-def _trained(run: Run, mode: str) -> LlavaTA:
-    "The final checkpoint of a system, first seed."
-    model = LlavaTA.from_pretrained(run.path("train", mode=mode, stage=2, seed=run.profile.train.seeds[0]))
-    return model.to(best_device()).eval()
-
 # %% ../nbs/09_narrative_bias.ipynb #92ee9d3c
 def grey_features(
     model: LlavaTA,  # whose tower sees the film
@@ -398,7 +393,7 @@ def system_scores(
     most: int,  # largest K
 ) -> pd.DataFrame:  # study, patient, film, system, k, tokens, nats; rouge, hits, alarms, misses where text was written
     "Score one system on the fixed set with every film; a study without topic sentences is left out for anatomy."
-    model, settings, parts = _trained(run, mode), run.profile.bias, []
+    model, settings, parts = final_model(run, mode), run.profile.bias, []
     stored, masks = open_features(run), Pruner(model, MaskStore(run.path("segment")))
     features = AddedFilm(stored, grey_features(model, FilmStore(run.path("data")), reports.row.tolist()))
     tokens = run.profile.generate.report_tokens if mode == "narrative" else run.profile.generate.topic_tokens
@@ -450,7 +445,7 @@ def flips_of(
     changes = sample_changes(data, settings.changes, settings.sentences)
     films = draw_changes(changes, data)
     for mode in modes:
-        model, tokens = _trained(run, mode), run.profile.generate
+        model, tokens = final_model(run, mode), run.profile.generate
         choice = Choice(tokens.report_tokens if mode == "narrative" else tokens.topic_tokens)
         for told in (False,) if mode == "narrative" else (False, True):
             parts.append(flip_rows(model, changes, films, settings.sentences, choice, told))
