@@ -371,7 +371,8 @@ class Patience:
         if len(self.took) >= 50:
             usual = sorted(self.took)[int(0.95 * len(self.took))]
             for deadline, start in self.out.items():
-                deadline.reschedule(min(deadline.when(), start + 3 * usual))
+                if not deadline.expired():
+                    deadline.reschedule(min(deadline.when(), start + 3 * usual))
 
 # %% ../nbs/01f_llm.ipynb #3eeff63f
 async def ask(
