@@ -123,6 +123,7 @@ class DataSettings(Section):
     train: int | None = Field(None, ge=1)  # studies to learn from; null for all
     val: int | None = Field(None, ge=1)  # studies to score, once; null for all
     valid_fraction: float = Field(0.1, gt=0, lt=0.5)  # fold of the training split to choose by
+    held_out: Literal["val", "train"] = "val"  # what is scored; train: a fold of it, to choose settings by
     size: int = Field(ge=32)  # px of the stored square film
     resize: Literal["squash", "shortest", "pad"] = "squash"  # how a film becomes square; published: shortest
     max_refused: float = Field(0.05, ge=0, lt=1)  # share of films that may be unreadable before the step stops
@@ -232,32 +233,32 @@ class LoraSettings(Section):
     dropout: float = Field(0.05, ge=0, lt=1)  # on the adapter's input
 
 # %% ../nbs/00_core.ipynb #faf96b91
+Mode = Literal["narrative", "topic", "anatomy"]  # LLaVA-Rad, LLaVA-T, LLaVA-TA
+
+
 class StageSettings(ScheduleSettings):
     "One training stage."
 
+    epochs_of: dict[Mode, Annotated[float, Field(gt=0)]] = {}  # modes with another number of epochs, e.g. {topic: 2}
     template: Literal["plain", "v1"] = "v1"  # plain drops the prompt and keeps only the image
     checks: int = Field(0, ge=0)  # how often the valid fold is measured on the way; it always is at the end
     patience: int = Field(0, ge=0)  # stop after so many checks without a better loss; 0: never
     keep: Literal["last", "best"] = "last"  # the weights at the end, or those of the best check
 
-# %% ../nbs/00_core.ipynb #cdf21277
-Mode = Literal["narrative", "topic", "anatomy"]  # LLaVA-Rad, LLaVA-T, LLaVA-TA
+    def of_mode(self, mode: Mode) -> "StageSettings":
+        "The stage as one mode has it."
+        return self.model_copy(update={"epochs": self.epochs_of.get(mode, self.epochs), "epochs_of": {}})
 
+# %% ../nbs/00_core.ipynb #cdf21277
 class TrainSettings(Section):
     "Stage 1 (projector) and stage 2 (projector with LoRA, or everything but the tower)."
 
     modes: list[Mode] = Field(["narrative", "topic", "anatomy"], min_length=1)  # systems to train
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)  # repeats
     tune: Literal["lora", "full"] = "lora"  # what stage 2 trains beside the projector
-    sampling: Literal["all", "balanced"] = (
-        "all"  # all: the paper's; balanced: as many absent as present sentences, topic by topic
-    )
-    negatives: int = Field(
-        4, ge=0
-    )  # sampling all: "unmentioned" sentences drawn for each study in each epoch, if there are any
-    projector_init: Literal["random", "data"] = (
-        "random"  # data: start from standardised features at the scale of word vectors
-    )
+    sampling: Literal["all", "balanced"] = "all"  # all: the paper's; balanced: as many absent as present, by topic
+    negatives: int = Field(4, ge=0)  # sampling all: "unmentioned" sentences drawn for a study in an epoch, if any
+    projector_init: Literal["random", "data"] = "random"  # data: standardised features at the scale of word vectors
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the language model
     checkpointing: bool = False  # compute activations again on the way back: a third slower, far less memory
     published: str = ""  # folder of a published LLaVA-Rad checkpoint: the mode narrative is imported, not trained
@@ -1140,11 +1141,12 @@ def _shapes(section: str, values: Any, artefact: Ref) -> Any:
     if artefact.step == "features" and section == "train":
         return "anatomy" in values["modes"]  # whether somebody reads segmented images
     if artefact.step == "train":
-        first = dict(artefact.variant)["stage"] == 1
-        left_out = {"modes", "seeds"} | ({"stage2", "tune"} if first else {"stage1"})
-        if section == "lora" and first:
-            return None
-        return {key: value for key, value in values.items() if section != "train" or key not in left_out}
+        mode, stage = (dict(artefact.variant)[key] for key in ("mode", "stage"))
+        if section != "train":
+            return None if section == "lora" and stage == 1 else values
+        left_out = {"modes", "seeds"} | ({"stage2", "tune"} if stage == 1 else {"stage1"})
+        own = StageSettings(**values[f"stage{stage}"]).of_mode(mode).model_dump()
+        return {key: value for key, value in values.items() if key not in left_out} | {f"stage{stage}": own}
     if artefact.step == "generate":
         return {key: value for key, value in values.items() if key not in {"films", "stages"}}
     if section == "data":

@@ -196,6 +196,10 @@ def studies_of(
         studies, findings = phantom_studies(data)
     else:
         studies, said = read_source(data)
+    if data.held_out == "train":
+        kept = studies["split"] != "val"
+        studies = cut_fold(studies[kept], data.valid_fraction, data.seed, "val")
+        findings = findings and [shown for shown, keep in zip(findings, kept) if keep]
     if not (studies["split"] == "valid").any():
         studies = cut_fold(studies, data.valid_fraction, data.seed)
     return validate_studies(studies.assign(row=np.arange(len(studies))), data.source), findings, said

@@ -153,13 +153,15 @@ def plan(
         counts = sum((count_study(way, study, rows * columns, profile.mapping.preset, assumed) for study in asked),
                      Counts())
         mean = Counts(*(value / len(asked) for value in (counts.tokens, counts.learned, counts.pairs)))
-        flops = [number * stage.epochs * count_flops(mean, lm, learned, train.checkpointing)
-                 for stage, learned in ((train.stage1, 0), (train.stage2, adapter))]
-        images = len(image_names(profile.mapping.preset, ["narrative" if way == "narrative" else "anatomy"]))
+        mode = "narrative" if way == "narrative" else "anatomy"
+        stages = [(stage.of_mode(mode).epochs, learned)
+                  for stage, learned in ((train.stage1, 0), (train.stage2, adapter))]
+        flops = [number * epochs * count_flops(mean, lm, learned, train.checkpointing) for epochs, learned in stages]
+        images = len(image_names(profile.mapping.preset, [mode]))
         features = number * images * 2.0 * weights * rows * columns
         table.append({
             "way": way, "studies": number, "tokens": mean.tokens,
-            "tokens_all": mean.tokens * number * (train.stage1.epochs + train.stage2.epochs),
+            "tokens_all": mean.tokens * number * sum(epochs for epochs, _ in stages),
             "flops": sum(flops), "flops_features": features,
             "store": store_bytes(number, images, (rows, columns, width)),
             "memory": _memory(profile, lm, weights, adapter, mean if way != "per topic" else _single(mean, asked)),

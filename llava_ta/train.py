@@ -232,7 +232,7 @@ def make_train(
     if mode == "narrative" and wanted.published:
         return import_published(run, out, stage)
     torch.manual_seed(seed)
-    settings = wanted.stage1 if stage == 1 else wanted.stage2
+    settings = (wanted.stage1 if stage == 1 else wanted.stage2).of_mode(mode)
     model, studies = starting_model(run, mode, stage, seed), Studies(run, "train")
     steps = count_steps(len(studies), settings)
     lessons = study_lessons(model, studies, settings, wanted, seed)
