@@ -18,7 +18,7 @@ SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: help install demo openi test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
+.PHONY: help install demo openi study test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -60,6 +60,12 @@ openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folde
 	@mkdir -p runs/openi/notebooks
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)
+
+study: openi-dir $(STAMP)  ## rows of the study: make study OPENI_DIR=folder [ROW=anatomy-0] [QUICK=1]
+	@mkdir -p runs/study/notebooks
+	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
+	$(PAPERMILL) nbs/11b_study.ipynb runs/study/notebooks/11b_study.ipynb -p profile study -p row "$(or $(ROW),all)" \
+	  $(if $(QUICK),-p quick True,-p records study) $(SHOWN)
 
 # Two notebooks, or two files of tests, run at a time, with one thread each.
 test test-slow: export OMP_NUM_THREADS := 1

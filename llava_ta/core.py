@@ -12,7 +12,7 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
            'module_digest', 'path_digest', 'data_dir', 'source_tables', 'outside_inputs', 'progress', 'seed_everything',
            'best_device', 'Launch', 'launched', 'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'commit',
-           'Run', 'run_pipeline']
+           'Run', 'flat', 'run_pipeline']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -420,7 +420,7 @@ def impossible(
     ]
 
 # %% ../nbs/00_core.ipynb #914e4cb2
-PROFILES = ("tiny", "demo", "openi", "paper", "llava-rad")  # the profiles that the package carries
+PROFILES = ("tiny", "demo", "openi", "study", "paper", "llava-rad")  # the profiles that the package carries
 
 # %% ../nbs/00_core.ipynb #e4fcd38a
 class _Yaml(yaml.SafeLoader):
@@ -483,7 +483,7 @@ def _explain(error: ValidationError) -> str:
 
 # %% ../nbs/00_core.ipynb #ced4287c
 def load_profile(
-    name: str,  # tiny, demo, openi, paper, llava-rad, or the path of a YAML file
+    name: str,  # tiny, demo, openi, study, paper, llava-rad, or the path of a YAML file
     overrides: str = "",  # see `parse_overrides`
 ) -> Profile:  # validated
     "Load and check a profile; raises ValueError that names each wrong key."
@@ -1099,10 +1099,11 @@ class Run:
     def fingerprint(self, artefact: Ref) -> str:
         "Hash of all that an artefact is made from: upstream artefacts, settings, code, outside files."
         if artefact not in self._prints:
-            self._prints[artefact] = digest(self._made_from(artefact))
+            self._prints[artefact] = digest(self.made_from(artefact))
         return self._prints[artefact]
 
-    def _made_from(self, artefact: Ref) -> dict[str, Any]:
+    def made_from(self, artefact: Ref) -> dict[str, Any]:
+        "Upstream artefacts, settings, code and outside files of an artefact."
         step, profile = STEPS[artefact.step], self.profile.model_dump()
         module = step.make.split(".")[0]
         return {
@@ -1156,15 +1157,18 @@ def _shapes(section: str, values: Any, artefact: Ref) -> Any:
         return {key: values[key] for key in shaping}
     return values
 
-# %% ../nbs/00_core.ipynb #53bd1d6b
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
+# %% ../nbs/00_core.ipynb #e1e8a704
+def flat(
+    values: Any,  # settings, nested
+    name: str = "",  # of what they are in
+) -> dict[str, Any]:  # dotted key -> value
     "Nested settings as dotted keys."
     if not isinstance(values, dict):
         return {name: values}
-    inner = [_flat(value, f"{name}.{key}".lstrip(".")) for key, value in values.items()]
+    inner = [flat(value, f"{name}.{key}".lstrip(".")) for key, value in values.items()]
     return {key: value for part in inner for key, value in part.items()}
 
-
+# %% ../nbs/00_core.ipynb #53bd1d6b
 def _refuse_to_lose(
     other: Path,  # private folder of an earlier attempt
     made_from: dict[str, Any],  # what the artefact is to be made from now
@@ -1172,7 +1176,7 @@ def _refuse_to_lose(
     "Raise ValueError if a training with other settings is unfinished there."
     if not (other / RESUME).is_dir():
         return
-    before, now = (_flat(it["settings"]) for it in (read_json(other / MADE_FROM), made_from))
+    before, now = (flat(it["settings"]) for it in (read_json(other / MADE_FROM), made_from))
     changed = [f"{key} was {before.get(key)} and is {now.get(key)}" for key in {**before, **now}
                if before.get(key) != now.get(key)]
     if changed:
@@ -1197,7 +1201,7 @@ def _do(self: Run, artefact: Ref) -> dict[str, Any]:
 
 def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
     "Make one artefact whose needs are fresh, under its lock; returns its record."
-    final, private, made_from = self.folder(artefact), _private(self, artefact), self._made_from(artefact)
+    final, private, made_from = self.folder(artefact), _private(self, artefact), self.made_from(artefact)
     for other in final.parent.glob(f".{final.name}.*"):
         if other.is_dir() and other != private:
             _refuse_to_lose(other, made_from)

@@ -605,7 +605,7 @@ def main(
 ) -> list[Path]:  # folders of the step, one for each of its variants
     "Bring a step and all that it needs up to date, in as many processes as were launched."
     parser = argparse.ArgumentParser(prog="python -m llava_ta.reproduce", description=main.__doc__)
-    parser.add_argument("--profile", default="tiny", help="tiny, demo, openi, paper, llava-rad, or a YAML file")
+    parser.add_argument("--profile", default="tiny", help="tiny, demo, openi, study, paper, llava-rad, or a YAML file")
     parser.add_argument("--run", default="", help="folder under runs/; the profile's name if empty")
     parser.add_argument("--overrides", default="", help="changes to the profile: dotted keys with values")
     parser.add_argument("--step", default="report", help=f"the last step: {', '.join(STEPS)}")

@@ -274,7 +274,7 @@ def main(
 ) -> list[Path]:  # checkpoints
     "Train in as many processes as were launched; the options are the parameters of the notebook."
     parser = argparse.ArgumentParser(prog="python -m llava_ta.train", description=main.__doc__)
-    parser.add_argument("--profile", default="tiny", help="tiny, demo, openi, paper, llava-rad, or a YAML file")
+    parser.add_argument("--profile", default="tiny", help="tiny, demo, openi, study, paper, llava-rad, or a YAML file")
     parser.add_argument("--run", default="", help="folder under runs/; the profile's name if empty")
     parser.add_argument("--overrides", default="", help="changes to the profile: dotted keys with values")
     parser.add_argument("--mode", default="anatomy", help="narrative, topic, anatomy or all")

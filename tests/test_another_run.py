@@ -16,7 +16,7 @@ from repository import ROOT, run_python
     ("parameters", "allowed"),
     [
         ({"stage": 3}, r"stage=3: allowed are 1, 2"),
-        ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, paper, llava-rad"),
+        ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, study, paper, llava-rad"),
         ({"overrides": "train.stage2.epoch=1"}, r"train\.stage2\.epoch: unknown key"),
         ({"overrides": "lora.rank=0"}, r"lora\.rank: .*greater than or equal to 1"),
         ({"run": "../elsewhere"}, r"run='\.\./elsewhere'"),

@@ -231,12 +231,12 @@ def test_topics_answer_to_clicks_and_keys(tree: Path, window: Chrome):
 def test_search_finds_without_a_server(tree: Path, window: Chrome):
     """A page that is opened as a file, in a folder of its own; the result leads to the passage."""
     window.get((tree / "_docs/guides/tutorial.html").as_uri())
-    box = next(box for box in window.find_elements(By.CSS_SELECTOR, ".smalldocs-search input"))
+    box = WebDriverWait(window, 30).until(lambda _: window.find_element(By.CSS_SELECTOR, ".smalldocs-search input"))
     if not box.is_displayed():
         window.find_element(By.CSS_SELECTOR, ".navbar-toggler").click()
-        WebDriverWait(window, 5).until(lambda _: box.is_displayed())
+        WebDriverWait(window, 30).until(lambda _: box.is_displayed())
     box.send_keys("narrative bias")
-    found = WebDriverWait(window, 10).until(lambda _: window.find_elements(By.CSS_SELECTOR, "a.search-result"))
+    found = WebDriverWait(window, 30).until(lambda _: window.find_elements(By.CSS_SELECTOR, "a.search-result"))
     names = [one.get_attribute("href") for one in found]
     assert any("narrative_bias.html" in name for name in names), names
     window.get(names[0])

@@ -1,0 +1,106 @@
+"""The study: rows are made once, and every table comes from their records."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llava_ta.core import check_params
+from llava_ta.study import COLUMNS, read_records, rows_of, stale_rows, study_rows, system_table
+from pipeline import Ran, papermill
+from repository import ROOT
+
+CHANGED = "train.modes=[topic], generate.films=[real, black], select.lm_studies=0, evaluate.bootstrap=50"
+
+
+@pytest.fixture(scope="module")
+def place(runs: Path, trained: Ran) -> Path:
+    """The records of a matrix of one system, which shares films and features with the run of other tests."""
+    ran = papermill("11b_study", runs, run="tiny", overrides=CHANGED, row="all")
+    assert ran.status == 0, ran.said[-2000:]
+    return runs / "tiny" / "records"
+
+
+@pytest.fixture
+def settings(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    """The settings of the matrix."""
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    return check_params("tiny", "tiny", CHANGED)
+
+
+def test_rows_are_made_once(place: Path, runs: Path):
+    records, numbers = read_records(place)
+    assert set(records) == {"topic-0", "topic-plain", "blind"}
+    before = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+    again = papermill("11b_study", runs, run="tiny", overrides=CHANGED, row="all")
+    assert again.status == 0 and "making" not in again.said, again.said[-2000:]
+    assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == before
+
+
+def test_records_hold_no_text(place: Path):
+    _, numbers = read_records(place)
+    words = {"study", "patient", "topic", "system", "mode", "film", "evaluation", "template"}
+    for column in set(numbers) - words:
+        values = numbers[column].dropna()
+        assert all(isinstance(value, (int, float, np.number, np.ndarray)) for value in values), column
+    assert not any(" " in name for column in ("study", "patient") for name in numbers[column].unique())
+
+
+def test_tables_come_from_records_alone(place: Path, runs: Path):
+    """The step `evaluate`, which reads films and predictions, finds the same scores."""
+    ran = papermill("07_evaluate", runs, run="tiny", overrides=CHANGED)
+    assert ran.status == 0, ran.said[-2000:]
+    scores = pd.read_parquet(runs / "tiny" / "evaluate" / "scores.parquet")
+    _, numbers = read_records(place)
+    table = system_table(rows_of(numbers, template="v1", stage=2), "report-predicted", resamples=50)
+    assert len(table) == 2, "real and black"
+    for row in table.to_dict("records"):
+        one = scores.query("system == @row['system'] and film == @row['film'] and evaluation == 'report-predicted'")
+        for name in ("micro-F1-14", "macro-F1-14", "BLEU-4 r2gen", "ROUGE-L r2gen"):
+            metric, convention = COLUMNS[name]
+            expected = one.query("metric == @metric and convention == @convention").iloc[0]
+            for part, found in (("value", row[name]), ("low", row[f"{name} low"]), ("high", row[f"{name} high"])):
+                assert found == pytest.approx(expected[part], abs=1e-9), (name, part)
+
+
+def test_what_has_changed_is_named(place: Path, settings):
+    records, _ = read_records(place)
+    assert stale_rows(settings, records) == {}
+    other = check_params("tiny", "tiny", CHANGED + ", train.stage1.lr=0.004")
+    stale = stale_rows(other, records)
+    assert set(stale) == {"topic-0", "topic-plain"}, "the blind row learns nothing"
+    assert any("train.stage1.lr was 0.005 and is 0.004" in what for what in stale["topic-0"])
+    fewer = check_params("tiny", "tiny", CHANGED.replace("[topic]", "[anatomy]"))
+    assert stale_rows(fewer, records)["topic-0"] == ["not in the matrix any more"]
+
+
+def test_damaged_records_are_refused(place: Path, tmp_path: Path):
+    for path in place.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = tmp_path / "topic-0.parquet"
+    table.write_bytes(table.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"topic-0\.parquet is not what topic-0\.json was written with"):
+        read_records(tmp_path)
+    table.write_bytes((place / "topic-0.parquet").read_bytes())
+    record = json.loads((tmp_path / "blind.json").read_text())
+    (tmp_path / "blind.json").write_text(json.dumps({**record, "schema": 99}))
+    with pytest.raises(ValueError, match="schema 99, and this version reads 1"):
+        read_records(tmp_path)
+    with pytest.raises(FileNotFoundError, match="make study"):
+        read_records(tmp_path / "nothing")
+
+
+def test_unknown_rows_and_absent_films_are_refused(tmp_path: Path):
+    ran = papermill("11b_study", tmp_path, row="topic-7")
+    assert ran.status and "row='topic-7': allowed are narrative-0" in ran.said, ran.said[-2000:]
+    done = subprocess.run(["make", "-n", "study", "OPENI_DIR=nowhere"], cwd=ROOT, capture_output=True, text=True)
+    assert "11b_study" in done.stdout and "-p profile study" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_matrix():
+    rows = study_rows(check_params("study").profile)
+    assert [name for name in rows if name.endswith("plain")] == ["narrative-plain", "topic-plain", "anatomy-plain"]
+    assert len(rows) == 13
