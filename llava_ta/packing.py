@@ -506,11 +506,12 @@ def compare_packing(
     image_tokens: int = 64,  # of each image
     text_tokens: int = 24,  # of the head, and of each question with its answer
     repeats: int = 5,  # steps of each way, in turns
-) -> dict[str, float]:  # loss_diff, grad_rel, token_ratio, time_ratio, memory_ratio, gemm_share
+) -> dict[str, float]:  # loss_diff, grad_rel, token_ratio, time_ratio, memory_ratio, gemm_share, seconds, seconds_alone
     """Train on random studies packed and as one sequence per topic; ratios are the latter over the former.
 
     `loss_diff` is the difference of mean losses in nats, `grad_rel` the largest norm of a gradient's difference over
-    its norm, `gemm_share` the packed step's `step_flops` per second over those of a product of square matrices.
+    its norm, `gemm_share` the packed step's `step_flops` per second over those of a product of square matrices;
+    `seconds` and `seconds_alone` are those of a study.
     Times are medians of forward and backward passes. Raises ValueError for sizes that make no study."""
     lm = model.get_base_model() if isinstance(model, PeftModel) else model
     device, dtype, former = lm.device, lm.dtype, lm.config._attn_implementation
@@ -536,7 +537,9 @@ def compare_packing(
     middle = {name: median(one[name] for one in times) for name in work}
     needed = step_flops(lm, packed.ids.numel(), len(packed.targets), packed.tree.pairs)
     rate = needed / middle["packed"] / (2 * SQUARE**3 / middle["square"])
-    return result | {"token_ratio": alone.ids.numel() / packed.ids.numel(),
+    studies = images // (region_sets + 1)
+    return result | {"seconds": middle["packed"] / studies, "seconds_alone": middle["alone"] / studies,
+                     "token_ratio": alone.ids.numel() / packed.ids.numel(),
                      "time_ratio": middle["alone"] / middle["packed"],
                      "memory_ratio": peaks[0] / peaks[1], "gemm_share": rate}
 
