@@ -316,7 +316,9 @@ def test_a_comparison_leaves_the_model_as_it_was():
     lm = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES))
     former, before = lm.config._attn_implementation, {n: w.clone() for n, w in lm.named_parameters()}
     result = compare_packing(lm, topics=4, region_sets=2, image_tokens=16, text_tokens=8, repeats=1)
-    assert set(result) == {"loss_diff", "grad_rel", "token_ratio", "time_ratio", "memory_ratio", "gemm_share"}
+    assert set(result) == {"loss_diff", "grad_rel", "token_ratio", "time_ratio", "memory_ratio", "gemm_share",
+                           "seconds", "seconds_alone"}
+    assert result["seconds_alone"] / result["seconds"] == pytest.approx(result["time_ratio"])
     assert result["loss_diff"] < 1e-6 and result["grad_rel"] < 1e-5
     assert result["token_ratio"] == pytest.approx(4 * (8 + 16 * 2 + 8) / (8 + 16 * 3 + 4 * 8))
     assert lm.config._attn_implementation == former and all(w.grad is None for w in lm.parameters())
