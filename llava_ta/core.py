@@ -282,6 +282,8 @@ class GenerateSettings(Section):
     temperature: float = Field(0.0, ge=0)  # 0: the likeliest word; above, words are drawn
     top_p: float = Field(1.0, gt=0, le=1)  # share of the probability from which they are drawn
     seed: int = Field(0, ge=0)  # of the draws
+    report_draws: int = Field(1, ge=1)  # above 1: so many narrative reports are drawn, and the most agreed one is kept
+    report_temperature: float = Field(0.7, gt=0)  # at which they are drawn
 
 # %% ../nbs/00_core.ipynb #5d3bb180
 class SelectSettings(Section):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'TOGETHER', 'PART', 'Prompt', 'blacken', 'study_prompts', 'prompt_draws', 'answer', 'FilmFeatures',
-           'film_rows', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding', 'Reporter', 'load',
-           'concatenate']
+           'film_rows', 'most_agreed', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding', 'Reporter',
+           'load', 'concatenate']
 
 # %% ../nbs/06a_generate.ipynb #1aa160b2
 import shutil
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
 from .core import GenerateSettings, Run, best_device, digest, launched, progress, write_table
 from .decoding import Choice, Said, decode_prompts
@@ -165,6 +166,22 @@ def film_rows(
     other[order] = order[np.arange(1, len(rows) + 1) % len(rows)]
     return [rows[number] for number in other]
 
+# %% ../nbs/06a_generate.ipynb #e7f2d4f3
+_OVERLAP = RougeScorer(["rougeL"])
+
+
+def most_agreed(
+    drawn: pd.DataFrame,  # study, topic, sentence, score: several rows for each question
+) -> pd.DataFrame:  # one of them for each, in the order of the first
+    "Keep the text with the largest mean ROUGE-L to all that were drawn for the same question."
+    def agreed(some: pd.DataFrame) -> int:
+        counts = some.sentence.value_counts()
+        means = {one: sum(times * _OVERLAP.score(other, one)["rougeL"].fmeasure for other, times in counts.items())
+                 for one in counts.index}
+        return some.index[some.sentence == max(means, key=means.get)][0]
+    drawn = drawn.reset_index(drop=True)
+    return drawn.loc[[agreed(some) for _, some in drawn.groupby(["study", "topic"], sort=False)]].reset_index(drop=True)
+
 # %% ../nbs/06a_generate.ipynb #036df393
 def answer_studies(
     model: LlavaTA,  # in evaluation mode
@@ -179,7 +196,12 @@ def answer_studies(
     "Ask about some studies."
     prompts = [prompt for study, row in zip(studies.study, studies.shown)
                for prompt in study_prompts(model, study, row, topics, pruner(row), film)]
-    tokens = settings.report_tokens if model.config.mode == "narrative" else settings.topic_tokens
+    narrative = model.config.mode == "narrative"
+    if narrative and settings.report_draws > 1:
+        choice = Choice(settings.report_tokens, 1, settings.report_temperature)
+        return most_agreed(pd.concat([answer(model, prompts, features, choice, settings.budget, seed, desc)
+                                      for seed in range(settings.seed, settings.seed + settings.report_draws)]))
+    tokens = settings.report_tokens if narrative else settings.topic_tokens
     choice = Choice(tokens, settings.beams, settings.temperature, settings.top_p)
     return answer(model, prompts, features, choice, settings.budget, settings.seed, desc)
 
