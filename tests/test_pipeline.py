@@ -8,10 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from llava_ta.core import STEPS, Ref, all_variants, load_profile, read_json, ref
+from llava_ta.core import STEPS, Ref, Run, all_variants, check_params, load_profile, read_json, ref
+from llava_ta.features import open_features
+from llava_ta.generate import answer_studies
 from llava_ta.llava_rad import export_llava_rad
+from llava_ta.masks import MaskStore
 from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
+from llava_ta.packing import Pruner
 from pipeline import Ran, command, kill_tree, papermill, surroundings
 from repository import ROOT, run_python
 
@@ -146,6 +150,26 @@ def test_the_film_matters(finished: Ran, runs: Path):
     real, black = (table(runs, f"{variant.folder}/predictions") for variant in variants)
     both = real.merge(black, on=["study", "topic"], suffixes=("_real", "_black"))
     assert len(both) and (both.score_real - both.score_black).abs().max() > 1e-4
+
+
+def test_several_reports_are_drawn_and_one_is_kept(finished: Ran, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    run = Run(check_params("tiny"))
+    model = LlavaTA.from_pretrained(run.path("train", mode="narrative", stage=2, seed=0))
+    studies = table(runs, "data/studies").query("split == 'val'")
+    studies = studies.assign(shown=studies.row.astype(object))
+
+    def written(**changed: object) -> pd.DataFrame:
+        settings = TINY.generate.model_copy(update=changed)
+        pruner = Pruner(model, MaskStore(run.path("segment")))
+        return answer_studies(model, studies, open_features(run), pruner, settings)
+
+    kept, again = (written(report_draws=4, report_temperature=1.0) for _ in range(2))
+    alone = [written(temperature=1.0, seed=seed) for seed in range(4)]
+    assert kept.study.tolist() == studies.study.tolist() and kept.equals(again)
+    drawn = pd.concat(alone).groupby("study").sentence.agg(set)
+    assert all(sentence in drawn[study] for study, sentence in zip(kept.study, kept.sentence))
+    assert any(len(texts) > 1 for texts in drawn)
 
 
 def test_scores(finished: Ran, runs: Path):
