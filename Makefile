@@ -91,7 +91,7 @@ lab: $(STAMP)  ## JupyterLab on the notebooks
 	jupyter lab --notebook-dir nbs
 
 room: $(STAMP)  ## the reading room in a browser: make room RUN=demo
-	python -m llava_ta.serve $(if $(RUN),--run "$(RUN)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
+	python -m llava_ta.serve $(if $(RUN),--run "$(RUN)") $(if $(PROFILE),--profile "$(PROFILE)") $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)")
 
 docs: $(STAMP)  ## the site, in _docs/, and README.md
 	python tools/build_docs.py

@@ -307,9 +307,15 @@ class _Draft:
     def stated(self) -> bool:
         return self.claim.polarity in ("present", "uncertain")
 
+    @property
+    def own(self) -> bool:
+        "Whether a person wrote it."
+        return self.score is None
+
     def become(self, outcome: str, why: str) -> None:
-        "Note an outcome and its reason."
-        self.outcome, self.why = outcome, why
+        "Note an outcome and its reason; what a person wrote stays as it is."
+        if not self.own:
+            self.outcome, self.why = outcome, why
 
 # %% ../nbs/06d_assemble.ipynb #59d8539d
 _PALE = {"there", "is", "are", "a", "an", "the", "of", "in", "and", "at", "seen", "present", "noted", "to", "with",
@@ -475,18 +481,23 @@ def _part(draft: _Draft, finding: TopicFinding) -> Part:
 def _in_order(drafts: Iterable[_Draft]) -> list[_Draft]:
     "What stays: urgent findings first, then part by part."
     return sorted((draft for draft in drafts if draft.stays),
-                  key=lambda draft: (urgency(draft.claim)[0], _PLACE[draft.claim.topic]))
+                  key=lambda draft: (urgency(draft.claim)[0], _PLACE[draft.claim.topic or draft.asked]))
 
 
-def _findings(drafts: Sequence[_Draft]) -> str:
-    "The text of the findings."
+def _findings(drafts: Sequence[_Draft], sentences: Sequence[str]) -> str:
+    "The text of the findings; what a person wrote is not taken apart."
     ordered = _in_order(drafts)
-    unread = [draft for draft in ordered if draft.claim.topic == "special-other" and not _phrases(draft.claim)]
-    stated = [draft.claim.words for draft in ordered if draft.stated and draft not in unread]
-    absent = [draft for draft in ordered if draft.claim.polarity == "absent" and draft not in unread]
+    telling = {draft.claim.source for draft in ordered if draft.own and draft.stated}
+    unread = [draft for draft in ordered if draft.claim.topic == "special-other" and not _phrases(draft.claim)
+              and not draft.own]
+    stated = [sentences[draft.claim.source].strip() if draft.own else draft.claim.words for draft in ordered
+              if draft.stated and draft not in unread]
+    absent = [draft for draft in ordered if draft.claim.polarity == "absent" and draft not in unread and not draft.own]
     normal = [draft.claim.words for draft in absent if not _phrases(draft.claim)]
     listed = _denied([draft for draft in absent if _phrases(draft.claim)])
-    return " ".join(dict.fromkeys([*stated, *_normal(normal), *listed, *(draft.claim.words for draft in unread)]))
+    others = [draft.claim.source for draft in ordered if draft.own and draft.claim.source not in telling]
+    last = [*(sentences[source].strip() for source in others), *(draft.claim.words for draft in unread)]
+    return " ".join(dict.fromkeys([*stated, *_normal(normal), *listed, *last]))
 
 # %% ../nbs/06d_assemble.ipynb #53f50f05
 def assemble(
@@ -511,8 +522,8 @@ def assemble(
     _settle_denials(drafts)
     _merge_denials(drafts)
     parts = tuple(_part(draft, findings[draft.claim.source]) for draft in drafts)
-    return Report(_findings(drafts), _impression(_in_order(drafts)), parts,
-                  concatenate(finding.sentence for finding in findings), study)
+    sentences = [finding.sentence for finding in findings]
+    return Report(_findings(drafts, sentences), _impression(_in_order(drafts)), parts, concatenate(sentences), study)
 
 # %% ../nbs/06d_assemble.ipynb #9a57ad19
 FHIR_NOTE = "Machine-written from one chest film and not reviewed by a radiologist."
@@ -559,7 +570,7 @@ def _to_fhir(
 ) -> dict[str, Any]:  # a DiagnosticReport, as JSON can hold it
     "The report as a FHIR R4 DiagnosticReport with contained Observations; without a patient."
     topics: dict[str, list[Part]] = {}
-    for part in (part for part in self.parts if part.outcome != "dropped"):
+    for part in (part for part in self.parts if part.outcome != "dropped" and part.polarity):
         topics.setdefault(part.topic, []).append(part)
     found = [_observation(number, topic, parts) for number, (topic, parts) in enumerate(topics.items(), 1)]
     writer = {"resourceType": "Device", "id": "writer", "deviceName": [{"name": "LLaVA-TA", "type": "model-name"}],

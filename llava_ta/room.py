@@ -266,7 +266,8 @@ def _show_masks(self: Room) -> None:
          "path": region_path(mask, self.current.fit, shape)}
         for region, mask, status in zip(REGIONS, found.masks, found.status, strict=True)])
     self.set("film", {**self.state["film"], "status": found.film, "score": round(float(found.score), 2)})
-    self.set("sign", {"level": "ok" if found.film == "ok" else "warn", "text": SIGNS[found.film]})
+    asked = "" if found.film == "ok" else " Nothing is written about it unless you ask for it."
+    self.set("sign", {"level": "ok" if found.film == "ok" else "warn", "text": SIGNS[found.film] + asked})
 Room._show_masks = _show_masks
 
 # %% ../nbs/09c_room.ipynb #a867a242
@@ -326,22 +327,29 @@ def _write(
     if not self.current or not topics:
         raise ValueError("choose a film first" if not self.current else "choose at least one topic")
     if self.found.film != "ok" and not anyway:
-        raise ValueError(f"{SIGNS[self.found.film]} Nothing is written unless you ask for it once more.")
+        raise ValueError(f"{SIGNS[self.found.film]} Nothing is written about it, unless anyway=True.")
+    edited = {one["topic"]: one for one in self.state["sentences"] if one["edited"]}
     features, started = self.features[self.model.config.mode], time.perf_counter()
     prompts = study_prompts(self.model, "film", 0, topics, features.kept)
-    self.written = {prompt.topic: prompt for prompt in prompts}
+    self.written = {topic: prompt for topic, prompt in self.written.items() if topic in edited}
+    self.written |= {prompt.topic: prompt for prompt in prompts}
     self._gazes = {}
-    for name in ("sentences", "narrative", "gaze"):
+    self.set("sentences", [one for topic, one in edited.items() if topic not in topics])
+    for name in ("narrative", "gaze"):
         self.set(name, type(STATE[name])())
+    arrived: list[str] = []
     with self.stage("writing") as say:
         say(0, len(topics))
         def heard(prompt: Prompt, sentence: str, score: float) -> None:
-            if not self.state["sentences"]:
+            arrived.append(prompt.topic)
+            if not arrived[1:]:
                 self.note("first sentence", time.perf_counter() - started)
             entry = sentence_entry(prompt.topic, prompt.topic, self._region(prompt.topic), sentence, score)
+            if prompt.topic in edited:  # what a reader wrote stays until they take it back
+                entry |= {key: edited[prompt.topic][key] for key in ("text", "words", "edited")}
             told = [*self.state["sentences"], entry]
             self.set("sentences", sorted(told, key=lambda one: ASKED.index(one["topic"])))
-            say(len(told), len(topics))
+            say(len(arrived), len(topics))
         answer(self.model, prompts, features, Choice(self.tokens[0]), heard=heard)
     self._show_report()
     if self.writer:

@@ -68,7 +68,7 @@ function viewer(model, view, id) {
     const words = every ? (gaze.word < 0 ? every.text || "(nothing)" : every.words[gaze.word]) : "";
     const shares = Object.entries(gaze.shares).map(([name, share]) => `${PARTS[name]} ${percent(share)}`).join(", ");
     fill(caption, h("b", {}, `“${words}”`), ` looks at: ${shares}. Orange: more than an even share.`,
-        gaze.path ? " Dashed: the part that is shown for this topic." : "");
+        gaze.path ? " Dashed: the part that is shown for this topic; on S, what lies outside was black to the model." : "");
   }
 
   function drawSides(gaze) {
@@ -128,12 +128,14 @@ function sentences(model, send, label, names, editable) {
 
   function act(row, cell) {
     const one = model.get(names)[row];
-    if (!one) return;
+    if (!one || one.item === editing) return;
     if (cell > one.words.length) edit(one.item);
     else send({ do: "look", item: one.item, word: cell - 1 });
   }
 
   function edit(item) {
+    const open = grid.querySelector("textarea");
+    if (editing && editing !== item && open) send({ do: "edit", item: editing, text: open.value }); // nothing typed is lost
     editing = item;
     draw();
     grid.querySelector("textarea")?.focus();
@@ -170,7 +172,7 @@ function sentences(model, send, label, names, editable) {
       ArrowRight: [row, cell + 1], Home: [row, 0], End: [row, last] };
     if (moves[event.key]) focus(...moves[event.key]);
     else if (event.key === "Enter" || event.key === " ") act(row, cell);
-    else if (event.key === "e" && editable) edit(model.get(names)[row]?.item);
+    else if (event.key.toLowerCase() === "e" && editable) edit(model.get(names)[row]?.item);
     else return;
     event.preventDefault();
   });
@@ -192,7 +194,8 @@ function sentences(model, send, label, names, editable) {
       class: `word${lit && (gaze.word === number || gaze.word < 0) ? " lit" : ""}` }, word));
     const extra = editable ? [h("span", { class: "edit", role: "gridcell", "data-cell": one.words.length + 1, ...cell,
       "aria-label": `Edit the sentence on ${one.name}` }, "edit")] : [];
-    const by = one.edited ? "edited by you" : one.score === null ? "" : `probability ${one.score.toFixed(2)}`;
+    const of = editable ? "probability of these words" : "probability of the whole report";
+    const by = one.edited ? "edited by you" : one.score === null ? "" : `${of} ${one.score.toFixed(2)}`;
     const said = words.length ? words.flatMap((word) => [word, " "]) : [h("i", { role: "gridcell" }, "(nothing) ")];
     return h("div", { role: "row", class: lit ? "finding lit" : "finding", "data-item": one.item }, head,
       editing === one.item ? editor(one) : h("span", { class: "said", role: "presentation" }, ...said, ...extra),
@@ -205,7 +208,7 @@ function sentences(model, send, label, names, editable) {
     const gaze = model.get("gaze"), truth = model.get("truth").topics || {}, every = model.get(names);
     const held = grid.contains(document.activeElement) && document.activeElement.dataset.cell !== undefined;
     const wanted = every.map((one) => {
-      const about = gaze.item === one.item ? { item: gaze.item, word: gaze.word } : {};
+      const about = gaze.item === one.item && editing !== one.item ? { item: gaze.item, word: gaze.word } : {};
       const key = JSON.stringify([one, about, truth[one.topic], editing === one.item]);
       if (drawn.get(one.item)?.[0] !== key) drawn.set(one.item, [key, row(one, about, truth[one.topic])]);
       return drawn.get(one.item)[1];
@@ -216,7 +219,11 @@ function sentences(model, send, label, names, editable) {
     at?.setAttribute("tabindex", 0);
     if (held && document.activeElement !== at) focus(...current);
   }
-  return { node: grid, draw };
+  function forget() { // an editor that is open belongs to the film that was there
+    editing = "";
+    draw();
+  }
+  return { node: grid, draw, forget };
 }
 
 /** Send a file piece by piece; the next goes when the last has arrived. */
@@ -285,7 +292,10 @@ function topics(model, send) {
 
 function opener(model, send, upload, id) {
   const select = h("select", { id: `${id}-films`, onchange: () => select.value && open(select.value, "") });
-  const picker = h("input", { type: "file", class: "file", id: `${id}-file`, onchange: () => upload(picker.files[0]) });
+  const picker = h("input", { type: "file", class: "file", id: `${id}-file`, onchange: () => {
+    upload(picker.files[0]);
+    picker.value = ""; // so that the same file can be chosen again
+  } });
   const path = h("input", { type: "text", id: `${id}-path`, placeholder: "path of a film where the kernel runs" });
   const open = (source, name) => send({ do: "open", source, name });
   const form = h("form", { onsubmit: (event) => { event.preventDefault(); if (path.value) open(path.value, ""); } },
@@ -295,7 +305,7 @@ function opener(model, send, upload, id) {
     h("label", { for: `${id}-file` }, "or a file (DICOM, PNG, JPEG)"), picker, form);
   function drawChoice() { // a film from elsewhere is none of the list
     const { name } = model.get("film");
-    if (name) select.value = [...select.options].some((option) => option.value === name) ? name : "";
+    select.value = [...select.options].some((option) => option.value === name) ? name : "";
   }
   function draw() {
     const about = model.get("about"), films = about.films || [];
@@ -388,8 +398,14 @@ function render({ model, el }) {
   function drawLog() {
     fill(log, model.get("log").map((one) => `${one.what} ${one.seconds.toFixed(1)} s`).join(" · "));
   }
+  let shown = "";
+  function forgetOther() {
+    const name = model.get("film").name || "";
+    if (name !== shown) said.forget();
+    shown = name;
+  }
   const draws = {
-    about: [drawAbout, choice.draw], film: [film.draw, drawSign, end.draw, start.drawChoice], masks: [film.drawToggles, film.draw],
+    about: [drawAbout, choice.draw], film: [film.draw, drawSign, end.draw, start.drawChoice, forgetOther], masks: [film.drawToggles, film.draw],
     gaze: [film.draw, said.draw, told.draw], topics: [choice.draw, drawSign],
     sentences: [said.draw, beside.draw], narrative: [told.draw, beside.draw], truth: [said.draw, beside.draw],
     report: [end.draw], sign: [drawSign], busy: [drawBusy], log: [drawLog],
