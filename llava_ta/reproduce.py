@@ -590,10 +590,9 @@ def make_report(
 ) -> dict:  # numbers for the record
     "Write `report.html`, one file that opens without a network, and copy it to the run's folder."
     films, shown = _studies(run)
-    intro = ("<p>The first films are those with the most findings in the true report, with a normal one among them. "
-             "Press a region's name to show or hide it, or what a topic looks at to see that part alone. The score is "
-             "the probability that the system gave its own words, which is not the probability that they are true. A "
-             "tick says that both say a finding is there, or both that it is not; where and how large may differ.</p>")
+    intro = ("<p>The first films have the most findings in the true report, with a normal one among them. Press a "
+             "region's name to show or hide it, or what a topic looks at to see it alone. The score is the probability "
+             "of the words, not of their truth; a tick compares whether a finding is there, not where.</p>")
     sections = {"Films": intro + films, "Scores": _scores(run), **_figures(run)}
     page = page_html(f"LLaVA-TA: {run.settings.run}", _head(run, run.record("evaluate")["metrics"]), sections)
     (out / "report.html").write_text(page, encoding="utf-8")

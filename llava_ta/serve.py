@@ -46,7 +46,8 @@ def run_profile(
         return name
     if not made:
         there = sorted(path.name for path in runs_dir().glob("*") if path.is_dir())
-        raise FileNotFoundError(f"there is no run '{name}' in {runs_dir()}; there are: {', '.join(there) or 'none yet'}")
+        known = ", ".join(there) or "none yet"
+        raise FileNotFoundError(f"there is no run '{name}' in {runs_dir()}; there are: {known}")
     return read_json(made[0])["profile"]
 
 # %% ../nbs/10a_serve.ipynb #4403fb56
