@@ -40,7 +40,7 @@ $(STAMP): $(LOCK) pyproject.toml
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
 endif
-	$(PIP) install --constraint $(LOCK) --editable '.[dev,lab]'
+	$(PIP) install --constraint $(LOCK) --editable '.[dev,lab,study]'
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html

@@ -10,9 +10,9 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
            'TextSettings', 'LanguageSettings', 'LoraSettings', 'StageSettings', 'TrainSettings', 'GenerateSettings',
            'SelectSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
-           'module_digest', 'path_digest', 'data_dir', 'source_tables', 'outside_inputs', 'progress', 'seed_everything',
-           'best_device', 'Launch', 'launched', 'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'commit',
-           'Run', 'flat', 'run_pipeline']
+           'module_digest', 'path_digest', 'data_dir', 'source_tables', 'weights_path', 'outside_inputs', 'progress',
+           'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights', 'Preflight', 'absent_data',
+           'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
@@ -196,13 +196,13 @@ class TowerSettings(Section):
     name: str  # a timm model
     image_size: int = Field(ge=32)  # px of the film that the tower sees
     layer: int = -1  # which block's output; -2 is LLaVA's choice
-    checkpoint: str = ""  # weights of a published tower; empty: pretrain here
+    checkpoint: str = ""  # weights to start from, see `weights_path`; empty: random ones
     mean: list[float] = [0.5]  # of the normalisation, a channel each, on films in [0, 1]
     std: list[Annotated[float, Field(gt=0)]] = [0.25]  # of the normalisation
     channels: Literal[1, 3] = 1  # 1 for towers trained here, 3 for published ones
     args: dict[str, Any] = {}  # further arguments of timm.create_model
     features: Literal["auto", "store", "live"] = "auto"  # on disk, or found in each step; auto: on disk if they fit
-    pretrain: ContrastiveSettings | None = None  # null where a checkpoint is given
+    pretrain: ContrastiveSettings | None = None  # null: the checkpoint's weights are used as they are
 
 # %% ../nbs/00_core.ipynb #abec07ba
 class TextSettings(ScheduleSettings):
@@ -409,8 +409,8 @@ def impossible(
          "generate.beams: beams are not drawn; set generate.beams=1 or generate.temperature=0"),
         (profile.bias.changes > 0 and data.texts != "phantom",
          "bias.changes: only phantoms that write their own reports (data.texts: phantom) can be changed; set it to 0"),
-        (bool(tower.checkpoint) == (tower.pretrain is not None),
-         "tower: give either tower.checkpoint or tower.pretrain, not both or none"),
+        (not tower.checkpoint and tower.pretrain is None,
+         "tower: give tower.checkpoint, or tower.pretrain, or both; without them its weights would mean nothing"),
         (profile.decompose.name == "llm" and not (profile.decompose.base_url and profile.decompose.model),
          "decompose.name: 'llm' needs decompose.base_url, an OpenAI-compatible server, and decompose.model"),
         (profile.decompose.name == "import" and not profile.decompose.file,
@@ -833,6 +833,15 @@ def source_tables(
 TABLES: dict[str, tuple[str, ...]] = {  # step -> tables of the package that shape its artefact
     "decompose": ("ontology.yaml", "lexicon.yaml"), "segment": ("ontology.yaml",), "mapping": ("ontology.yaml",)}
 
+# %% ../nbs/00_core.ipynb #4d67c841
+def weights_path(
+    text: str,  # a path, or package:NAME/FILE
+) -> Path:  # there or not
+    "The file of weights that a profile names; `package:` leads into an installed Python package, as PyPI has some."
+    package, _, file = text.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if text.startswith("package:") else None
+    return Path(spec.submodule_search_locations[0]) / file if spec else Path(text)
+
 # %% ../nbs/00_core.ipynb #02a0db7d
 def outside_inputs(
     step: str,  # a key of `STEPS`
@@ -849,7 +858,8 @@ def outside_inputs(
         found += [data_dir(data), *source_tables(data)]
     if step == "segment" and profile.segment.name == "offline" and not profile.segment.weights:
         found.append(package / "weights" / "offline.safetensors")
-    named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint,
+    named = {"segment": profile.segment.weights, "lm": profile.lm.checkpoint,
+             "tower": str(weights_path(profile.tower.checkpoint)) if profile.tower.checkpoint else "",
              "train": profile.train.published,
              "decompose": profile.decompose.file if profile.decompose.name == "import" else ""}
     return found + ([Path(named[step])] if named.get(step) else [])
@@ -939,7 +949,8 @@ HOW = {
     "data.texts": "the reports of Open-i: pip install torchxrayvision, which brings them",
     "data.table": "the CSV of your studies, as data_manifests/README.md says",
     "data.annotations": "LLaVA-Rad's annotations from https://physionet.org (credentialed); set data.annotations",
-    "tower.checkpoint": "biomedclipcxr_518_checkpoint.pt from https://huggingface.co/microsoft/llava-rad",
+    "tower.checkpoint": "biomedclipcxr_518_checkpoint.pt from https://huggingface.co/microsoft/llava-rad; "
+                        "for package:NAME/FILE, pip install NAME",
     "lm.checkpoint": "huggingface-cli download lmsys/vicuna-7b-v1.5, then set lm.checkpoint to the folder",
     "train.published": "the LoRA checkpoint of LLaVA-Rad from https://huggingface.co/microsoft/llava-rad",
     "segment.weights": f"download {SEGMENTER_URLS['cxas']} (CC BY-NC-SA 4.0), "
@@ -1000,7 +1011,7 @@ def _absent(profile: Profile) -> tuple[tuple[str, str, str], ...]:
     segment = profile.segment
     weights = str(segmenter_weights(segment.name, segment.weights)) if segment.name in SEGMENTER_URLS else ""
     named = [
-        ("tower.checkpoint", profile.tower.checkpoint),
+        ("tower.checkpoint", profile.tower.checkpoint and str(weights_path(profile.tower.checkpoint))),
         ("lm.checkpoint", profile.lm.checkpoint),
         ("train.published", profile.train.published),
         ("segment.weights", weights),
@@ -1031,7 +1042,9 @@ def preflight(
     return Preflight(_absent(profile), **costs)
 
 # %% ../nbs/00_core.ipynb #15bf907d
-def _refuse_absent(profile: Profile) -> None:
+def refuse_absent(
+    profile: Profile,  # about to run
+) -> None:
     "Raise FileNotFoundError with the whole preflight if a file that the profile names is not there."
     if _absent(profile):
         raise FileNotFoundError(f"this profile cannot run yet:\n{preflight(profile)}")
@@ -1123,18 +1136,21 @@ class Run:
         record = _whole_record(self.folder(artefact))
         return record is not None and record["fingerprint"] == self.fingerprint(artefact)
 
+    def lineage(self, artefact: Ref) -> list[Ref]:
+        "All that an artefact comes from, in the order of making, itself last."
+        needs = STEPS[artefact.step].needs(self.profile, dict(artefact.variant))
+        return list(dict.fromkeys([one for need in needs for one in self.lineage(need)] + [artefact]))
+
     def stale(self, artefact: Ref) -> list[Ref]:
         "What has to be made for an artefact, in order, itself included; empty if all is fresh."
-        order: list[Ref] = []
+        return [one for one in self.lineage(artefact) if not self.is_fresh(one)]
 
-        def visit(node: Ref) -> None:
-            for need in STEPS[node.step].needs(self.profile, dict(node.variant)):
-                visit(need)
-            if node not in order and not self.is_fresh(node):
-                order.append(node)
-
-        visit(artefact)
-        return order
+    def checkpoint_folder(self, name: str) -> Path:
+        "The folder of a checkpoint: a folder, or a name in the run's train folder; raises FileNotFoundError."
+        places = [Path(name).expanduser().absolute(), self.dir / "train" / name]
+        if not (found := next((place for place in places if (place / "config.json").exists()), None)):
+            raise FileNotFoundError(f"checkpoint {name}: neither {places[0]} nor {places[1]} holds a checkpoint")
+        return found
 
 # %% ../nbs/00_core.ipynb #a78f63c8
 def _shapes(section: str, values: Any, artefact: Ref) -> Any:
@@ -1242,7 +1258,7 @@ def _make(
     if not todo:
         self.say(f"{wanted.folder}: unchanged")
     else:
-        _refuse_absent(self.profile)
+        refuse_absent(self.profile)
     for artefact in todo:
         lock = self.dir / ".locks" / (artefact.folder.replace("/", "_") + ".lock")
         with _first_holds(lock, artefact.folder, self.say):
@@ -1324,34 +1340,3 @@ def _record(
     "The record of a finished artefact."
     return read_json(self.path(step, **variant) / "record.json")
 Run.record = _record
-
-# %% ../nbs/00_core.ipynb #7b451435
-def run_pipeline(
-    settings: Settings,  # from `check_params`
-    step: str = "report",  # what shall be up to date at the end
-    but: str = "11_reproduce",  # a notebook that must not be run: the one that calls
-) -> list[str]:  # notebooks that were run
-    "Run every notebook whose artefacts are stale, in the table's order; raises what the failing notebook raised."
-    import papermill
-
-    run = Run(settings)
-    if not (todo := run.stale(ref(step))):
-        return []
-    _refuse_absent(run.profile)
-    notebooks = sorted({STEPS[artefact.step].notebook for artefact in todo} - {but})  # numbers follow the flow of data
-    for number, name in enumerate(notebooks, 1):
-        started = time.time()
-        print(f"[{number}/{len(notebooks)}] {name}", flush=True)
-        (run.dir / "notebooks").mkdir(parents=True, exist_ok=True)
-        own = next(row.parameters for row in STEPS.values() if row.notebook == name)
-        parameters = {"profile": settings.name, "run": settings.run, "overrides": settings.overrides, **own}
-        papermill.execute_notebook(
-            root() / "nbs" / f"{name}.ipynb",
-            run.dir / "notebooks" / f"{name}.ipynb",
-            parameters,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-        )
-        print(f"[{number}/{len(notebooks)}] {name}: {time.time() - started:.0f} s", flush=True)
-    return notebooks

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from .core import Profile, Run, atomic_path, best_device, launched, progress, read_json, write_json
+from .core import Profile, Run
+from .core import atomic_path, best_device, launched, progress, read_json, weights_path, write_json
 from .data import FilmStore
 from .mapping import named_image
 from .model import VisionTower, load_tower_weights
@@ -234,7 +235,8 @@ def tower_weights(
     run: Run,  # whose tower step is done
 ) -> Path:  # of a checkpoint
     "The file of the tower's weights."
-    return Path(profile.tower.checkpoint) if profile.tower.checkpoint else run.path("tower") / "tower.safetensors"
+    made = profile.tower.pretrain is not None
+    return run.path("tower") / "tower.safetensors" if made else weights_path(profile.tower.checkpoint)
 
 # %% ../nbs/05b_features.ipynb #ea5b324e
 def make_features(

@@ -86,18 +86,30 @@ class VisionTower(nn.Module):
         return rows, columns, width
 
 # %% ../nbs/05_model.ipynb #08123d25
+def _by_order(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    "A classifier's weights under timm's names, where another library wrote the same layers in the same order."
+    pairs = list(zip(state, wanted))
+    same = [a.rpartition(".")[2] == b.rpartition(".")[2] and state[a].shape == wanted[b].shape for a, b in pairs]
+    head = list(state)[len(wanted):]
+    return {b: state[a] for a, b in pairs} if all(same) and len(head) in (0, 2) else state
+
+
 def load_tower_weights(
     tower: VisionTower,  # its trunk is filled in place
-    path: Path | str,  # .safetensors, or an open_clip .pt/.bin (read with weights_only=True)
+    path: Path | str,  # .safetensors, or a .pt/.pth/.bin (read with weights_only=True)
 ) -> VisionTower:  # the same tower
-    "Fill a tower from a checkpoint of this project or of open_clip; raises ValueError listing wrong keys."
+    """Fill a tower from a checkpoint of this project, of open_clip, or of an image classifier.
+
+    A classifier's layers may have other names than timm's if their order, kinds and shapes are the same; its head of
+    one layer is left out. Raises ValueError listing wrong keys."""
     path = Path(path)
     state = (
         load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     )
     state = state.get("state_dict", state)
-    found = {key.rpartition("trunk.")[2]: value for key, value in state.items() if "trunk." in key}
     wanted = tower.trunk.state_dict()
+    found = {key.rpartition("trunk.")[2]: value for key, value in state.items() if "trunk." in key}
+    found = found or _by_order(state, wanted)
     missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     wrong = [key for key in set(wanted) & set(found) if wanted[key].shape != found[key].shape]
     if missing or unknown or wrong:

@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .core import RESUME, Run, TextSettings, best_device, launched, write_table
+from .core import RESUME, Run, TextSettings, best_device, launched, weights_path, write_table
 from .data import FilmStore
 from .films import fit_film
 from .mapping import named_image
-from .model import LlavaConfig, LlavaTA, VisionTower, small_llama, train_tokenizer
+from .model import LlavaConfig, LlavaTA, VisionTower, load_tower_weights, small_llama, train_tokenizer
 from .packing import Sample, build_tree, make_sample, row_parts, write_row
 from .segment import MaskStore
 from .trainer import Epochs, Part, count_steps, epoch_steps, train
@@ -161,14 +161,17 @@ def make_tower(
     run: Run,  # whose training films, masks and samples are used
     out: Path,  # folder to write into
 ) -> dict:  # numbers for the record
-    "Pretrain the tower on the training split and write `tower.safetensors`; nothing to do for a published one."
+    "Pretrain the tower on the training split and write `tower.safetensors`; nothing to do without `tower.pretrain`."
     settings = run.profile.tower
     if settings.pretrain is None:
         return {"checkpoint": settings.checkpoint}
     samples = pd.read_parquet(run.path("mapping") / "samples.parquet").query("split == 'train'")
     found, rows = captions(samples), sorted(set(samples.row))
     tokenizer = train_tokenizer([NOTHING, *found["film"].values()], run.profile.lm.vocab)
-    pair = ContrastivePair(VisionTower(settings), len(tokenizer), settings.pretrain.width).to(best_device())
+    tower = VisionTower(settings)
+    if settings.checkpoint:
+        load_tower_weights(tower, weights_path(settings.checkpoint))
+    pair = ContrastivePair(tower, len(tokenizer), settings.pretrain.width).to(best_device())
     pair.train()
     batch = min(settings.pretrain.batch, len(rows))
     lessons = ContrastiveLessons(

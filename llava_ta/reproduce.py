@@ -26,12 +26,13 @@ from plotly.offline import get_plotlyjs
 from skimage.measure import approximate_polygon, find_contours
 
 from .core import FIGURE_MODES, STEPS, DataSettings, Ref, Run, Settings
-from .core import all_variants, atomic_path, check_params, commit, preflight, ref, run_pipeline
+from .core import all_variants, atomic_path, check_params, commit, preflight, ref
 from .data import FilmStore
 from .decompose import get_decomposer
 from .evaluate import over_seeds, paired_texts, published_html
 from .films import film_uri
 from .ontology import REGIONS, TOPICS, region_set
+from .pipeline import run_pipeline
 from .segment import REGION_COLOURS, MaskStore
 from .select import chosen_topics
 from .studies import is_credentialed, load_studies
@@ -146,10 +147,9 @@ def run_experiment(
         if not possible:
             return None
     run_pipeline(settings, wanted.step)
-    run = Run(settings)
-    if not wanted.own:
-        return run.make(wanted.step)
-    return BorrowedRun(experiment_settings(settings, name), run, wanted.own).make(wanted.step)
+    main = Run(settings)
+    run = BorrowedRun(experiment_settings(settings, name), main, wanted.own) if wanted.own else main
+    return run.make(wanted.step)
 
 # %% ../nbs/11_reproduce.ipynb #1f3eb102
 def shown_studies(

@@ -15,7 +15,6 @@ import tempfile
 from importlib import util
 from pathlib import Path
 
-from .app import checkpoint_folder
 from .core import PROFILES, Run, check_params, read_json, runs_dir, write_json
 
 # %% ../nbs/10a_serve.ipynb #5b6452de
@@ -80,7 +79,7 @@ def serve_room(
     told = parser.parse_args(arguments)
     profile = told.profile or (run_profile(told.run) if told.run else "tiny")
     run = Run(check_params(profile=profile, run=told.run, overrides=told.overrides), lambda text: None)
-    checkpoint = str(checkpoint_folder(run, told.checkpoint)) if told.checkpoint else ""
+    checkpoint = str(run.checkpoint_folder(told.checkpoint)) if told.checkpoint else ""
     if not util.find_spec("voila"):
         raise ModuleNotFoundError("the room outside a notebook needs voila: pip install 'llava_ta[lab]', "
                                   "or open nbs/10_app.ipynb in JupyterLab")

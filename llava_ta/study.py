@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLIND_MODES', 'SCHEMA', 'SHARED', 'WHO', 'COLUMNS', 'Row', 'study_rows', 'quick_settings', 'row_run', 'row_variants',
-           'lineage', 'made_from', 'row_numbers_of', 'write_record', 'make_row', 'changes', 'read_records',
-           'stale_rows', 'Drawn', 'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
+           'made_from', 'row_numbers_of', 'write_record', 'make_row', 'changes', 'read_records', 'stale_rows', 'Drawn',
+           'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
 
 # %% ../nbs/11b_study.ipynb #12d5bc75
 import hashlib
@@ -79,26 +79,11 @@ def row_variants(
     return [one for one, of in every if (of["mode"], of["seed"]) == (row.mode, row.seed)
             and (of["stage"] == 2 or of["film"] in ("real", "black"))]
 
-# %% ../nbs/11b_study.ipynb #bac6dbc4
-def lineage(
-    run: Run,  # from `row_run`
-    ends: Iterable[Ref],  # of the step `generate`, or others
-) -> list[Ref]:  # they and all that they need, in order
-    "All artefacts that some artefacts come from."
-    order: list[Ref] = []
-    def visit(one: Ref) -> None:
-        for need in STEPS[one.step].needs(run.profile, dict(one.variant)):
-            visit(need)
-        if one not in order:
-            order.append(one)
-    for end in ends:
-        visit(end)
-    return order
-
 # %% ../nbs/11b_study.ipynb #02e7fee8
-def _ends(run: Run, row: Row) -> list[Ref]:
-    "What a row needs: what it says, and what the selector chose."
-    return [ref("mapping"), ref("select"), *row_variants(run, row)]
+def _needed(run: Run, row: Row) -> list[Ref]:
+    "What a row comes from, in order: what it says, what the selector chose, and all that they need."
+    ends = [ref("mapping"), ref("select"), *row_variants(run, row)]
+    return list(dict.fromkeys(one for end in ends for one in run.lineage(end)))
 
 
 def made_from(
@@ -112,7 +97,7 @@ def made_from(
     step, settings = STEPS["evaluate"], run.profile.model_dump()
     scores = {"settings": {"evaluate": settings["evaluate"]}, "code": {one: module_digest(one) for one in step.modules}}
     return {"versions": versions, "films": films, "scores": scores,
-            **{one.folder: run.made_from(one) for one in lineage(run, _ends(run, row))}}
+            **{one.folder: run.made_from(one) for one in _needed(run, row)}}
 
 
 def _sha(paths: Iterable[Path]) -> str:
@@ -149,7 +134,7 @@ def write_record(
     place.mkdir(parents=True, exist_ok=True)
     with atomic_path(table) as beside:
         numbers.to_parquet(beside, index=False, compression="zstd", compression_level=19)
-    done = {one.folder: run.record(one.step, **dict(one.variant)) for one in lineage(run, _ends(run, row))}
+    done = {one.folder: run.record(one.step, **dict(one.variant)) for one in _needed(run, row)}
     record = {
         "row": name, "mode": row.mode, "seed": row.seed, "template": row.template, "schema": SCHEMA, "commit": commit(),
         "cores": os.cpu_count(), "numbers": _sha([table]), "made_from": made_from(run, row),

@@ -3,8 +3,10 @@
 import random
 import re
 import subprocess
+import sys
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -16,6 +18,7 @@ from llava_ta.masks import MaskStore
 from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
 from llava_ta.packing import Pruner
+from llava_ta.pipeline import without_examples
 from pipeline import Ran, command, kill_tree, papermill, surroundings
 from repository import ROOT, run_python
 
@@ -45,6 +48,16 @@ def table(
 
 
 # ---- running
+
+
+@pytest.mark.parametrize("name", sorted({row.notebook for row in STEPS.values()}))
+def test_no_run_needs_an_example(name: str, tmp_path: Path):
+    chapter = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    nbformat.write(without_examples(chapter), tmp_path / f"{name}.ipynb")
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--no-cache", tmp_path],
+        capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_a_step_makes_what_it_lacks(trained: Ran, runs: Path):
