@@ -11,12 +11,13 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
            'SelectSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
            'module_digest', 'path_digest', 'data_dir', 'source_tables', 'weights_path', 'outside_inputs', 'progress',
-           'seed_everything', 'best_device', 'Launch', 'launched', 'segmenter_weights', 'Preflight', 'absent_data',
-           'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
+           'seed_everything', 'keep_freed_memory', 'best_device', 'Launch', 'launched', 'segmenter_weights',
+           'Preflight', 'absent_data', 'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
 import atexit
+import ctypes
 import hashlib
 import importlib
 import importlib.resources
@@ -282,8 +283,8 @@ class GenerateSettings(Section):
     temperature: float = Field(0.0, ge=0)  # 0: the likeliest word; above, words are drawn
     top_p: float = Field(1.0, gt=0, le=1)  # share of the probability from which they are drawn
     seed: int = Field(0, ge=0)  # of the draws
-    report_draws: int = Field(1, ge=1)  # above 1: so many narrative reports are drawn, and the most agreed one is kept
-    report_temperature: float = Field(0.7, gt=0)  # at which they are drawn
+    report_draws: int = Field(1, ge=1)  # above 1: so many reports are drawn, one is kept (`most_agreed`)
+    report_temperature: float = Field(0.7, gt=0)  # at which they are drawn; those that judge them at 1
 
 # %% ../nbs/00_core.ipynb #5d3bb180
 class SelectSettings(Section):
@@ -886,6 +887,15 @@ def seed_everything(
                 module = getattr(module, part)
             module(seed % 2**32)
 
+# %% ../nbs/00_core.ipynb #58e9ce1a
+def keep_freed_memory() -> bool:  # whether it could be arranged
+    "Let glibc keep freed arrays for the next ones instead of handing them back to the kernel; elsewhere do nothing."
+    with suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
+        return bool(libc.mallopt(trim, 2**31 - 1) and libc.mallopt(mmap, 2**30))
+    return False
+
 # %% ../nbs/00_core.ipynb #9b47fff0
 def best_device() -> str:  # "cuda" or "cpu"
     "Where networks run: the first GPU if there is one, else the CPU. torch is imported only here."
@@ -1213,6 +1223,7 @@ def _do(self: Run, artefact: Ref) -> dict[str, Any]:
     module, name = STEPS[artefact.step].make.split(".")
     make = getattr(importlib.import_module(f"llava_ta.{module}"), name)
     seed_everything(dict(artefact.variant).get("seed", 0))
+    keep_freed_memory()
     _private(self, artefact).mkdir(parents=True, exist_ok=True)
     return make(self, _private(self, artefact), **dict(artefact.variant)) or {}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'TOGETHER', 'PART', 'Prompt', 'blacken', 'study_prompts', 'prompt_draws', 'answer', 'FilmFeatures',
-           'film_rows', 'most_agreed', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding', 'Reporter',
-           'load', 'concatenate']
+           'film_rows', 'rouge_of', 'most_agreed', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding',
+           'Reporter', 'load', 'concatenate']
 
 # %% ../nbs/06a_generate.ipynb #1aa160b2
 import shutil
@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from rouge_score.rouge_scorer import RougeScorer
+from rapidfuzz.distance import LCSseq
+from rapidfuzz.process import cdist
+from rouge_score.tokenizers import DefaultTokenizer
 
 from .core import GenerateSettings, Run, best_device, digest, launched, progress, write_table
 from .decoding import Choice, Said, decode_prompts
@@ -41,6 +43,7 @@ class Prompt:
     row: int | None  # in the feature store; None for the black film
     sample: Sample  # path of text and images
     kept: Mapping[str, Sequence[int]] = field(default_factory=dict)  # tokens of S that are shown, from a `Pruner`
+    draw: int = 0  # which of several answers to the same question; counts where words are drawn
 
 # %% ../nbs/06a_generate.ipynb #64a66171
 def blacken(
@@ -86,7 +89,7 @@ def prompt_draws(
     "Numbers for sampling that depend on study, topic and seed, not on what else is answered."
     if not choice.temperature:
         return None
-    seeds = [int(digest([prompt.study, prompt.topic, seed])[:8], 16) for prompt in prompts]
+    seeds = [int(digest([prompt.study, prompt.topic, seed + prompt.draw])[:8], 16) for prompt in prompts]
     return torch.stack([torch.rand(choice.tokens, generator=torch.Generator().manual_seed(one)) for one in seeds])
 
 # %% ../nbs/06a_generate.ipynb #ffd88f5a
@@ -105,7 +108,7 @@ def answer(
 ) -> pd.DataFrame:  # study, topic, sentence, score; in the order of the prompts
     "Answer all prompts, those about a film from one tree; unless words are drawn, no question about it is asked twice."
     def key(prompt: Prompt) -> tuple:
-        return prompt.row, prompt.sample.path, (prompt.study if choice.temperature else "")
+        return prompt.row, prompt.sample.path, (prompt.study, prompt.draw) if choice.temperature else ()
     films: dict[int | None, dict[tuple, Prompt]] = {}
     for prompt in prompts:
         films.setdefault(prompt.row, {})[key(prompt)] = prompt
@@ -167,20 +170,33 @@ def film_rows(
     return [rows[number] for number in other]
 
 # %% ../nbs/06a_generate.ipynb #e7f2d4f3
-_OVERLAP = RougeScorer(["rougeL"])
+def rouge_of(
+    texts: Sequence[str],  # reports
+    references: Sequence[str],  # others
+    beta: float = 1.0,  # what recall weighs against precision
+) -> np.ndarray:  # float [N, M] in [0, 1]
+    "ROUGE-L of all texts against all references."
+    letters: dict[str, str] = {}  # a character for each word
+    def coded(some: Sequence[str]) -> tuple[list[str], np.ndarray]:
+        words = [DefaultTokenizer().tokenize(text) for text in some]
+        found = ["".join(letters.setdefault(word, chr(1 + len(letters))) for word in one) for one in words]
+        return found, np.maximum([len(one) for one in found], 1)
+    (said, long), (true, wide) = coded(texts), coded(references)
+    shared = cdist(said, true, scorer=LCSseq.similarity)
+    return (1 + beta**2) * shared / (long[:, None] + beta**2 * wide)
 
-
+# %% ../nbs/06a_generate.ipynb #b951b7ab
 def most_agreed(
     drawn: pd.DataFrame,  # study, topic, sentence, score: several rows for each question
-) -> pd.DataFrame:  # one of them for each, in the order of the first
-    "Keep the text with the largest mean ROUGE-L to all that were drawn for the same question."
-    def agreed(some: pd.DataFrame) -> int:
-        counts = some.sentence.value_counts()
-        means = {one: sum(times * _OVERLAP.score(other, one)["rougeL"].fmeasure for other, times in counts.items())
-                 for one in counts.index}
-        return some.index[some.sentence == max(means, key=means.get)][0]
-    drawn = drawn.reset_index(drop=True)
-    return drawn.loc[[agreed(some) for _, some in drawn.groupby(["study", "topic"], sort=False)]].reset_index(drop=True)
+    judges: pd.DataFrame,  # study, topic, sentence: what else the model may say to these questions
+    beta: float = 1.5,  # of ROUGE-L
+) -> pd.DataFrame:  # one of `drawn` for each question, in the order of the first
+    "Keep the text with the largest mean ROUGE-L to its judges: minimum Bayes risk under the model's own distribution."
+    drawn, others = drawn.reset_index(drop=True), judges.groupby(["study", "topic"]).sentence.apply(list)
+    def best(key: tuple[str, str], some: pd.Series) -> int:
+        return some.index[int(rouge_of(some.tolist(), others[key], beta).mean(axis=1).argmax())]
+    kept = [best(key, some) for key, some in drawn.groupby(["study", "topic"], sort=False).sentence]
+    return drawn.loc[kept].reset_index(drop=True)
 
 # %% ../nbs/06a_generate.ipynb #036df393
 def answer_studies(
@@ -198,9 +214,10 @@ def answer_studies(
                for prompt in study_prompts(model, study, row, topics, pruner(row), film)]
     narrative = model.config.mode == "narrative"
     if narrative and settings.report_draws > 1:
-        choice = Choice(settings.report_tokens, 1, settings.report_temperature)
-        return most_agreed(pd.concat([answer(model, prompts, features, choice, settings.budget, seed, desc)
-                                      for seed in range(settings.seed, settings.seed + settings.report_draws)]))
+        several = [replace(prompt, draw=draw) for prompt in prompts for draw in range(settings.report_draws)]
+        choices = (Choice(settings.report_tokens, 1, temperature) for temperature in (settings.report_temperature, 1.0))
+        return most_agreed(*(answer(model, several, features, choice, settings.budget, settings.seed, desc)
+                             for choice in choices))
     tokens = settings.report_tokens if narrative else settings.topic_tokens
     choice = Choice(tokens, settings.beams, settings.temperature, settings.top_p)
     return answer(model, prompts, features, choice, settings.budget, settings.seed, desc)

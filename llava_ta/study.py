@@ -22,7 +22,7 @@ from .core import STEPS, Profile, Ref, Run, Settings
 from .core import all_variants, atomic_path, check_params, commit, flat, module_digest, read_json, ref, root
 from .core import write_json
 from .evaluate import HEADLINE, Truth, numbers_of, parts_of, trained_predictions, untrained_predictions
-from .metrics import bootstrap_sums
+from .metrics import GRAPH_NAME, bootstrap_sums
 from .reproduce import BorrowedRun
 
 # %% ../nbs/11b_study.ipynb #58342031
@@ -108,7 +108,7 @@ def _sha(paths: Iterable[Path]) -> str:
     return found.hexdigest()[:16]
 
 # %% ../nbs/11b_study.ipynb #a363fa7e
-BLIND_MODES = ("report-predicted", "report-oracle")  # in which systems that see another film are kept
+BLIND_MODES = ("report-predicted", "report-original", "report-oracle")  # where systems that see another film are kept
 
 
 def row_numbers_of(
@@ -301,6 +301,9 @@ COLUMNS: dict[str, tuple[str, str]] = {  # heading -> metric, convention
     "ROUGE-L r2gen": ("ROUGE-L", "r2gen"),
     "BLEU-4 r2gen-exact": ("BLEU-4", "r2gen-exact"),
     "ROUGE-L r2gen-exact": ("ROUGE-L", "r2gen-exact"),
+    "BLEU-4 llava-rad": ("BLEU-4", "llava-rad"),
+    "ROUGE-L llava-rad": ("ROUGE-L", "llava-rad"),
+    "finding-graph F1": (GRAPH_NAME, "rules"),
 }
 
 
