@@ -157,7 +157,8 @@ def ablation_table(
     "Fine-tuned, and the projector alone under both templates, with the film and with a black one."
     rows = []
     for mode, (tuned, projector) in ABLATION.items():
-        row: dict[str, Any] = {"system": SYSTEMS[mode], "fine-tuned, published": tuned, "MLP only, published": projector}
+        row: dict[str, Any] = {"system": SYSTEMS[mode]}
+        row |= {"fine-tuned, published": tuned, "MLP only, published": projector}
         kinds = (("fine-tuned", 2, "v1"), ("MLP only, v1", 1, "v1"), ("MLP only, plain", 1, "plain"))
         for (title, stage, template), film in product(kinds, ("real", "black")):
             who = {"system": system_name(mode, stage), "template": template, "film": film, "evaluation": evaluation}

@@ -1127,17 +1127,21 @@ class Run:
             self._prints[artefact] = digest(self.made_from(artefact))
         return self._prints[artefact]
 
+    def settings_and_code(self, artefact: Ref) -> dict[str, Any]:
+        "What of the profile and of the package shapes an artefact."
+        step, profile = STEPS[artefact.step], self.profile.model_dump()
+        modules = (step.make.split(".")[0], *step.modules)
+        return {"settings": {section: _shapes(section, profile[section], artefact) for section in step.sections},
+                "code": {name: module_digest(name) for name in modules}}
+
     def made_from(self, artefact: Ref) -> dict[str, Any]:
         "Upstream artefacts, settings, code and outside files of an artefact."
-        step, profile = STEPS[artefact.step], self.profile.model_dump()
-        module = step.make.split(".")[0]
+        step = STEPS[artefact.step]
+        needs = step.needs(self.profile, dict(artefact.variant))
         return {
             "step": [artefact.folder, step.version],
-            "inputs": {
-                need.folder: self.fingerprint(need) for need in step.needs(self.profile, dict(artefact.variant))
-            },
-            "settings": {section: _shapes(section, profile[section], artefact) for section in step.sections},
-            "code": {name: module_digest(name) for name in (module, *step.modules)},
+            "inputs": {need.folder: self.fingerprint(need) for need in needs},
+            **self.settings_and_code(artefact),
             "outside": [path_digest(path) for path in outside_inputs(artefact.step, self.profile)],
         }
 

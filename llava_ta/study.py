@@ -11,6 +11,7 @@ __all__ = ['BLIND_MODES', 'SCHEMA', 'SHARED', 'WHO', 'COLUMNS', 'Row', 'study_ro
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,13 +92,14 @@ def made_from(
     row: Row,  # one of `study_rows`
 ) -> dict[str, Any]:  # artefact -> settings, code, digests of files; "versions" of packages; "films" and reports
     "What a row would be made from now; a digest is empty where there is nothing to compute it from."
-    lock, data = root() / "requirements" / "lock.txt", run.folder(ref("data"))
+    lock, data, films = root() / "requirements" / "lock.txt", run.folder(ref("data")), ""
     versions = _sha([lock]) if lock.is_file() else ""
-    films = _sha([data / "films.safetensors", data / "studies.parquet"]) if run.is_fresh(ref("data")) else ""
+    with suppress(FileNotFoundError):  # no folder of films is named: what was stored cannot be checked
+        films = _sha([data / "films.safetensors", data / "studies.parquet"]) if run.is_fresh(ref("data")) else ""
     step, settings = STEPS["evaluate"], run.profile.model_dump()
     scores = {"settings": {"evaluate": settings["evaluate"]}, "code": {one: module_digest(one) for one in step.modules}}
     return {"versions": versions, "films": films, "scores": scores,
-            **{one.folder: run.made_from(one) for one in _needed(run, row)}}
+            **{one.folder: run.settings_and_code(one) for one in _needed(run, row)}}
 
 
 def _sha(paths: Iterable[Path]) -> str:
