@@ -61,11 +61,12 @@ openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folde
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)
 
-study: openi-dir $(STAMP)  ## rows of the study: make study OPENI_DIR=folder [ROW=anatomy-0] [QUICK=1]
+# A row whose record is there and whose inputs are unchanged is left alone; RECORDS=elsewhere makes it again.
+study: openi-dir $(STAMP)  ## rows of the study: make study OPENI_DIR=folder [ROW=anatomy-0] [RECORDS=folder] [QUICK=1]
 	@mkdir -p runs/study/notebooks
 	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
 	$(PAPERMILL) nbs/11b_study.ipynb runs/study/notebooks/11b_study.ipynb -p profile study -p row "$(or $(ROW),all)" \
-	  $(if $(QUICK),-p quick True,-p records study) $(SHOWN)
+	  $(if $(QUICK),-p quick True,-p records "$(or $(RECORDS),study)") $(SHOWN)
 
 # Two notebooks, or two files of tests, run at a time, with one thread each.
 test test-slow: export OMP_NUM_THREADS := 1
