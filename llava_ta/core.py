@@ -859,11 +859,10 @@ def outside_inputs(
         found += [data_dir(data), *source_tables(data)]
     if step == "segment" and profile.segment.name == "offline" and not profile.segment.weights:
         found.append(package / "weights" / "offline.safetensors")
-    named = {"segment": profile.segment.weights, "lm": profile.lm.checkpoint,
-             "tower": str(weights_path(profile.tower.checkpoint)) if profile.tower.checkpoint else "",
+    named = {"segment": profile.segment.weights, "tower": profile.tower.checkpoint, "lm": profile.lm.checkpoint,
              "train": profile.train.published,
              "decompose": profile.decompose.file if profile.decompose.name == "import" else ""}
-    return found + ([Path(named[step])] if named.get(step) else [])
+    return found + ([weights_path(named[step])] if named.get(step) else [])
 
 # %% ../nbs/00_core.ipynb #87042eff
 def progress(

@@ -14,11 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import nbformat
-import papermill
-from jupyter_client import AsyncKernelManager
-from jupyter_core.utils import run_sync
-
 from .core import STEPS, Run, Settings, ref, refuse_absent, root
 
 # %% ../nbs/00h_pipeline.ipynb #762b2e26
@@ -42,7 +37,7 @@ def without_examples(
             return i == 0 or i >= run
         return i < first or "parameters" in cell.metadata.get("tags", []) or not is_example(cell.source)
     kept = [cell for i, cell in enumerate(notebook.cells) if needed(i, cell)]
-    return nbformat.from_dict({**notebook, "cells": kept})
+    return type(notebook)({**notebook, "cells": kept})
 
 # %% ../nbs/00h_pipeline.ipynb #903dd27d
 _FORGET = """\
@@ -54,8 +49,11 @@ gc.collect()"""
 
 
 @contextmanager
-def shared_kernel() -> Iterator[AsyncKernelManager]:  # to be passed to `run_notebook`
+def shared_kernel() -> Iterator[Any]:  # jupyter_client's manager, to be passed to `run_notebook`
     "A kernel for several notebooks, started by the first; it ends with the block."
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
+
     kernel = AsyncKernelManager(kernel_name="python3")
     try:
         yield kernel
@@ -68,9 +66,12 @@ def run_notebook(
     path: Path,  # the notebook of a step
     parameters: dict[str, Any],  # of its cell `parameters`
     out: Path,  # where the executed notebook is written
-    kernel: AsyncKernelManager,  # from `shared_kernel`
+    kernel: Any,  # from `shared_kernel`
 ) -> None:
     "Run the chapter of a step without its examples; raises what the notebook raised."
+    import nbformat
+    import papermill
+
     out.parent.mkdir(parents=True, exist_ok=True)
     chapter = without_examples(nbformat.read(path, as_version=4))
     chapter.cells.insert(1, nbformat.v4.new_code_cell(_FORGET))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLIND_MODES', 'SCHEMA', 'SHARED', 'WHO', 'COLUMNS', 'Row', 'study_rows', 'quick_settings', 'row_run', 'row_variants',
            'made_from', 'row_numbers_of', 'write_record', 'make_row', 'changes', 'read_records', 'stale_rows', 'Drawn',
-           'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
+           'AbsentError', 'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
 
 # %% ../nbs/11b_study.ipynb #12d5bc75
 import hashlib
@@ -90,7 +90,7 @@ def _needed(run: Run, row: Row) -> list[Ref]:
 def made_from(
     run: Run,  # from `row_run`
     row: Row,  # one of `study_rows`
-) -> dict[str, Any]:  # artefact -> settings, code, digests of files; "versions" of packages; "films" and reports
+) -> dict[str, Any]:  # artefact -> settings and code; digests of "versions" of packages, and of "films" and reports
     "What a row would be made from now; a digest is empty where there is nothing to compute it from."
     lock, data, films = root() / "requirements" / "lock.txt", run.folder(ref("data")), ""
     versions = _sha([lock]) if lock.is_file() else ""
@@ -248,14 +248,18 @@ class Drawn:
         return float(low), float(high)
 
 # %% ../nbs/11b_study.ipynb #4eec0630
+class AbsentError(ValueError):
+    "The records have no such numbers."
+
+# %% ../nbs/11b_study.ipynb #e09e553e
 def rows_of(
     numbers: pd.DataFrame,  # from `read_records`
     **who: object,  # column=value, see `WHO`
 ) -> pd.DataFrame:  # those rows
-    "Choose a system in a mode; raises ValueError if there is none."
+    "Choose a system in a mode; raises AbsentError if there is none."
     rows = numbers[np.logical_and.reduce([numbers[column] == value for column, value in who.items()])]
     if rows.empty:
-        raise ValueError(f"no numbers with {', '.join(f'{column}={value}' for column, value in who.items())}")
+        raise AbsentError(f"no numbers with {', '.join(f'{column}={value}' for column, value in who.items())}")
     return rows
 
 # %% ../nbs/11b_study.ipynb #b99b0d5a
@@ -265,7 +269,7 @@ def drawn_score(
     convention: str = "",  # of a text metric; empty: the first that was stored
     resamples: int = 1000,  # draws of patients; the same for all systems
 ) -> Drawn:  # its seeds and draws
-    "Score a system; raises ValueError for an unknown score, or if seeds were scored on different studies."
+    "Score a system; raises AbsentError for a score that was not kept, ValueError for seeds of different studies."
     values, draws, first = [], [], None
     for _, of in rows.sort_values(["seed", "study", "topic"]).groupby("seed"):
         keys = list(zip(of.study, of.topic))
@@ -275,7 +279,7 @@ def drawn_score(
         found = [part for (name, by), part in parts.items() if name == metric and convention in ("", by)]
         if not found:
             names = sorted({name for name, _ in parts})
-            raise ValueError(f"no score '{metric}' {convention}; there are {', '.join(names)}")
+            raise AbsentError(f"no score '{metric}' {convention}; there are {', '.join(names)}")
         values.append(found[-1].value())
         draws.append(found[-1].statistic(bootstrap_sums(found[-1].counts, of.patient.tolist(), resamples)))
     return Drawn(tuple(values), np.mean(draws, axis=0))

@@ -9,6 +9,7 @@ from llava_ta.benchmark import ablation_table, beside_published, comparison_tabl
 from llava_ta.core import load_profile
 from llava_ta.evaluate import SELECTOR, SYSTEMS
 from llava_ta.study import COLUMNS, Drawn, compared, drawn_score, read_records, rows_of, study_rows
+from records import assert_no_text
 from repository import ROOT
 
 PLACE = ROOT / "study"
@@ -34,11 +35,7 @@ def test_records_are_of_the_matrix(committed: tuple[dict[str, dict], pd.DataFram
 
 def test_records_hold_no_text(committed: tuple[dict[str, dict], pd.DataFrame]):
     _, numbers = committed
-    named = {"study", "patient", "topic", "system", "mode", "film", "evaluation", "template"}
-    for column in set(numbers) - named:
-        assert not numbers[column].map(lambda value: isinstance(value, str)).any(), column
-    for column in ("study", "patient"):
-        assert numbers[column].astype(str).str.fullmatch(r"[\w.-]+").all(), column
+    assert_no_text(numbers)
 
 
 def test_every_table_is_made_of_records(committed: tuple[dict[str, dict], pd.DataFrame]):
