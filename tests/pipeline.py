@@ -1,6 +1,7 @@
 """Running notebooks through papermill, and reading what they leave behind."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -18,7 +19,8 @@ class Ran:
 
     status: int  # exit code
     said: str  # all that came out
-    seconds: float
+    seconds: float  # by the clock
+    worked: float  # seconds of processor time, of the kernel too: what the clock shows where nothing else is running
 
 
 def command(
@@ -40,6 +42,12 @@ def surroundings(
     return {**os.environ, "PATH": path, "LLAVA_TA_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
 
 
+def spent() -> float:
+    """Processor time of all child processes that have ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def papermill(
     name: str,  # a notebook, without its ending
     runs: Path,  # the folder of runs
@@ -48,12 +56,12 @@ def papermill(
 ) -> Ran:
     """Run a notebook to its end."""
     runs.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+    start, before = time.monotonic(), spent()
     done = subprocess.run(
         [*command(name, runs / f"{name}.out.ipynb", **parameters), "--stdout-file", "/dev/stdout"],
         cwd=ROOT, env=surroundings(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
     )
-    return Ran(done.returncode, done.stdout, time.monotonic() - start)
+    return Ran(done.returncode, done.stdout, time.monotonic() - start, spent() - before)
 
 
 def kill_tree(

@@ -26,7 +26,7 @@ from repository import ROOT, run_python
 def test_wrong_parameters_fail_at_once(tmp_path: Path, parameters: dict, allowed: str):
     ran = papermill("06_train", tmp_path, **parameters)
     assert ran.status != 0
-    assert ran.seconds < 15, f"{ran.seconds:.0f} s"
+    assert 1 < ran.worked < 15, f"{ran.worked:.0f} s of processor time, {ran.seconds:.0f} s by the clock"
     assert re.search(allowed, ran.said), ran.said[-2000:]
     assert [path.name for path in tmp_path.iterdir()] == ["06_train.out.ipynb"], "nothing else is written"
 
