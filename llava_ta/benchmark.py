@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 from .core import Profile
-from .evaluate import SELECTOR, SHOWN, SYSTEMS, published_table, system_name
-from .study import COLUMNS, AbsentError, Drawn, compared, drawn_score, rows_of, study_rows
+from .evaluate import SELECTOR, SHOWN, SYSTEMS, AbsentError, published_table, system_name
+from .study import COLUMNS, Drawn, compared, drawn_score, rows_of, study_rows
 
 # %% ../nbs/11c_benchmark.ipynb #92433b3c
 def _bracketed(value: float, low: float, high: float, digits: int = 3) -> str:

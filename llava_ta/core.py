@@ -202,6 +202,7 @@ class TowerSettings(Section):
     std: list[Annotated[float, Field(gt=0)]] = [0.25]  # of the normalisation
     channels: Literal[1, 3] = 1  # 1 for towers trained here, 3 for published ones
     args: dict[str, Any] = {}  # further arguments of timm.create_model
+    pool: int = Field(0, ge=0)  # tokens of a side to which the grid is averaged; 0: all are kept, as in the paper
     features: Literal["auto", "store", "live"] = "auto"  # on disk, or found in each step; auto: on disk if they fit
     pretrain: ContrastiveSettings | None = None  # null: the checkpoint's weights are used as they are
 
@@ -341,6 +342,7 @@ class Profile(Section):
     select: SelectSettings = SelectSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     bias: BiasSettings = BiasSettings()
+    beside: int = Field(1, ge=1)  # trainings, and films' reports, made beside each other on a CPU, see `make_beside`
 
     @model_validator(mode="after")
     def possible(self) -> "Profile":

@@ -166,11 +166,14 @@ def draw_words(
     "The likeliest word of each, or the one that a draw falls on."
     if not choice.temperature:
         return logits.argmax(-1)
-    shares, words = (logits / choice.temperature).softmax(-1).sort(-1, descending=True)
-    below = shares.cumsum(-1) - shares  # of the likelier words
-    shares = shares * (below < choice.top_p)
-    landed = (shares.cumsum(-1) <= draws[:, None].to(shares) * shares.sum(-1, keepdim=True)).sum(-1, keepdim=True)
-    return words.gather(1, landed.clamp(max=words.shape[1] - 1))[:, 0]
+    shares, words = (logits / choice.temperature).softmax(-1), None
+    if choice.top_p < 1:
+        shares, words = shares.sort(-1, descending=True)
+        below = shares.cumsum(-1) - shares  # of the likelier words
+        shares = shares * (below < choice.top_p)
+    sums = shares.cumsum(-1)
+    landed = torch.searchsorted(sums, draws[:, None].to(shares) * sums[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    return (landed if words is None else words.gather(1, landed))[:, 0]
 
 # %% ../nbs/05g_decoding.ipynb #7b0db123
 def _grow(

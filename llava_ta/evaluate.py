@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EVALUATIONS', 'FREQUENT', 'HEADLINE', 'SYSTEMS', 'SELECTOR', 'IDENTITY', 'Spoken', 'SELECTED_MODES', 'SHOWN', 'NOTE',
            'PUBLISHED', 'PUBLISHED_SOURCE', 'paired_texts', 'answers_to', 'shown_topics', 'row_numbers',
-           'frequent_labels', 'parts_of', 'scores_of', 'present_sentence', 'blind_predictions', 'typical_report',
-           'selector_predictions', 'with_selector', 'difference', 'system_name', 'Truth', 'trained_predictions',
-           'untrained_predictions', 'label_table', 'topic_table', 'difference_table', 'numbers_of', 'score_rows',
-           'make_evaluate', 'over_seeds', 'wide_table', 'markdown_table', 'latex_table', 'html_table', 'measured',
-           'published_table', 'published_html']
+           'frequent_labels', 'parts_of', 'AbsentError', 'named_part', 'scores_of', 'present_sentence',
+           'blind_predictions', 'typical_report', 'selector_predictions', 'with_selector', 'difference', 'system_name',
+           'Truth', 'trained_predictions', 'untrained_predictions', 'label_table', 'topic_table', 'difference_table',
+           'numbers_of', 'score_rows', 'make_evaluate', 'over_seeds', 'wide_table', 'markdown_table', 'latex_table',
+           'html_table', 'measured', 'published_table', 'published_html']
 
 # %% ../nbs/07_evaluate.ipynb #351e4c30
 import re
@@ -218,6 +218,24 @@ def _macro_f1(sums: np.ndarray) -> np.ndarray:
     "Mean F1 over the labels of sums [R, 3, labels]."
     return f1_of(*np.moveaxis(sums, -2, 0)).mean(axis=-1)
 
+# %% ../nbs/07_evaluate.ipynb #1d6a1124
+class AbsentError(ValueError):
+    "There are no such numbers."
+
+# %% ../nbs/07_evaluate.ipynb #b35af07d
+def named_part(
+    numbers: pd.DataFrame,  # of one system in one mode
+    metric: str,  # a score of `parts_of`
+    convention: str = "",  # of a text metric; empty: the first that was stored
+) -> Part:  # that score
+    "The score of a name; raises AbsentError if the numbers do not have it."
+    parts = parts_of(numbers)
+    found = [part for part in parts if part.metric == metric and convention in ("", part.convention)]
+    if not found:
+        known = dict.fromkeys(part.metric for part in parts)
+        raise AbsentError(f"no score '{metric}' {convention}: there are {', '.join(known)}")
+    return found[0]
+
 # %% ../nbs/07_evaluate.ipynb #95738fa8
 def scores_of(
     numbers: pd.DataFrame,  # from `row_numbers`, one system in one mode
@@ -299,7 +317,7 @@ def difference(
     if not keys[0] or keys[0] != keys[1] or len(set(keys[0])) < len(keys[0]):
         raise ValueError(f"{first} has {len(keys[0])} rows and {second} {len(keys[1])}; "
                          "they must be the same studies, each once")
-    one, other = (_named_part(side, metric, convention) for side in sides)
+    one, other = (named_part(side, metric, convention) for side in sides)
     patients, value = sides[0].patient.tolist(), one.value() - other.value()
     low, high = bootstrap_difference(one.counts, other.counts, one.statistic, patients, resamples)
     sums = _exchanged(np.stack([one.counts, other.counts], axis=1), patients, resamples)
@@ -308,16 +326,6 @@ def difference(
     return {"value": value, "low": low, "high": high, "p": p, "n": len(keys[0])}
 
 # %% ../nbs/07_evaluate.ipynb #7b7a8ab9
-def _named_part(numbers: pd.DataFrame, metric: str, convention: str) -> Part:
-    "The score of a name."
-    parts = parts_of(numbers)
-    found = [part for part in parts if part.metric == metric and convention in ("", part.convention)]
-    if not found:
-        known = dict.fromkeys(part.metric for part in parts)
-        raise ValueError(f"no score '{metric}' {convention}: there are {', '.join(known)}")
-    return found[0]
-
-
 def _exchanged(both: np.ndarray, patients: Sequence[str], rounds: int) -> np.ndarray:
     "Sums [rounds, 2, ...] after the two sides [N, 2, ...] were exchanged for half of the patients at random."
     by_patient = patient_sums(both, patients)

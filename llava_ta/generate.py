@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN', 'TOGETHER', 'PART', 'Prompt', 'blacken', 'study_prompts', 'prompt_draws', 'answer', 'FilmFeatures',
-           'film_rows', 'rouge_of', 'most_agreed', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding',
-           'Reporter', 'load', 'concatenate']
+           'film_rows', 'most_agreed', 'answer_studies', 'answered_parts', 'make_generate', 'TopicFinding', 'Reporter',
+           'load', 'concatenate']
 
 # %% ../nbs/06a_generate.ipynb #1aa160b2
 import shutil
@@ -18,9 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from rapidfuzz.distance import LCSseq
-from rapidfuzz.process import cdist
-from rouge_score.tokenizers import DefaultTokenizer
 
 from .core import GenerateSettings, Run, best_device, digest, launched, progress, write_table
 from .decoding import Choice, Said, decode_prompts
@@ -28,6 +25,7 @@ from .features import Features, HeldFeatures, black_film, film_features, image_n
 from .films import fit_film, read_film
 from .mapping import union_mask
 from .masks import MaskStore, check_films
+from .metrics import rouge_l_all
 from .model import LlavaTA
 from .ontology import ASKED, region_set
 from .packing import BUDGET, Pruner, Sample, make_sample, pack_within
@@ -169,22 +167,6 @@ def film_rows(
     other[order] = order[np.arange(1, len(rows) + 1) % len(rows)]
     return [rows[number] for number in other]
 
-# %% ../nbs/06a_generate.ipynb #e7f2d4f3
-def rouge_of(
-    texts: Sequence[str],  # reports
-    references: Sequence[str],  # others
-    beta: float = 1.0,  # what recall weighs against precision
-) -> np.ndarray:  # float [N, M] in [0, 1]
-    "ROUGE-L of all texts against all references."
-    letters: dict[str, str] = {}  # a character for each word
-    def coded(some: Sequence[str]) -> tuple[list[str], np.ndarray]:
-        words = [DefaultTokenizer().tokenize(text) for text in some]
-        found = ["".join(letters.setdefault(word, chr(1 + len(letters))) for word in one) for one in words]
-        return found, np.maximum([len(one) for one in found], 1)
-    (said, long), (true, wide) = coded(texts), coded(references)
-    shared = cdist(said, true, scorer=LCSseq.similarity)
-    return (1 + beta**2) * shared / (long[:, None] + beta**2 * wide)
-
 # %% ../nbs/06a_generate.ipynb #b951b7ab
 def most_agreed(
     drawn: pd.DataFrame,  # study, topic, sentence, score: several rows for each question
@@ -194,7 +176,7 @@ def most_agreed(
     "Keep the text with the largest mean ROUGE-L to its judges: minimum Bayes risk under the model's own distribution."
     drawn, others = drawn.reset_index(drop=True), judges.groupby(["study", "topic"]).sentence.apply(list)
     def best(key: tuple[str, str], some: pd.Series) -> int:
-        return some.index[int(rouge_of(some.tolist(), others[key], beta).mean(axis=1).argmax())]
+        return some.index[int(rouge_l_all(some.tolist(), others[key], beta).mean(axis=1).argmax())]
     kept = [best(key, some) for key, some in drawn.groupby(["study", "topic"], sort=False).sentence]
     return drawn.loc[kept].reset_index(drop=True)
 

@@ -67,11 +67,18 @@ class VisionTower(nn.Module):
         return ((films - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def grid(self, films: torch.Tensor) -> torch.Tensor:
-        "The chosen block's output as a map: [B, H, W] -> [B, D, h, w]."
+        "The chosen block's output as a map, averaged to `pool` a side if it has as many: [B, H, W] -> [B, D, h, w]."
         maps = self.trunk.forward_intermediates(
             self.prepare(films), indices=[self.settings.layer], norm=False, output_fmt="NCHW", intermediates_only=True
         )
-        return maps[0]
+        return F.adaptive_avg_pool2d(maps[0], self._pool(*maps[0].shape[2:])) if self.settings.pool else maps[0]
+
+    def _pool(self, rows: int, columns: int) -> int:
+        "Tokens of a side, once they are averaged."
+        if self.settings.pool > min(rows, columns):
+            raise ValueError(f"tower.pool={self.settings.pool}: the tower has {rows} x {columns} tokens, set it to at "
+                             f"most {min(rows, columns)}, or 0 to keep them all")
+        return self.settings.pool
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:
         "Patch tokens: [B, H, W] -> [B, N, D]."

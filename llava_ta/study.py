@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLIND_MODES', 'SCHEMA', 'SHARED', 'WHO', 'COLUMNS', 'Row', 'study_rows', 'quick_settings', 'row_run', 'row_variants',
            'made_from', 'row_numbers_of', 'write_record', 'make_row', 'changes', 'read_records', 'stale_rows', 'Drawn',
-           'AbsentError', 'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
+           'rows_of', 'drawn_score', 'compared', 'system_table', 'time_table']
 
 # %% ../nbs/11b_study.ipynb #12d5bc75
 import hashlib
@@ -22,7 +22,8 @@ import pandas as pd
 from .core import STEPS, Profile, Ref, Run, Settings
 from .core import all_variants, atomic_path, check_params, commit, flat, module_digest, read_json, ref, root
 from .core import write_json
-from .evaluate import HEADLINE, Truth, numbers_of, parts_of, trained_predictions, untrained_predictions
+from .evaluate import HEADLINE, AbsentError, Truth, named_part, numbers_of, parts_of
+from .evaluate import trained_predictions, untrained_predictions
 from .metrics import GRAPH_NAME, bootstrap_sums
 from .reproduce import BorrowedRun
 
@@ -247,10 +248,6 @@ class Drawn:
         low, high = np.quantile(self.draws, [0.025, 0.975])
         return float(low), float(high)
 
-# %% ../nbs/11b_study.ipynb #4eec0630
-class AbsentError(ValueError):
-    "The records have no such numbers."
-
 # %% ../nbs/11b_study.ipynb #e09e553e
 def rows_of(
     numbers: pd.DataFrame,  # from `read_records`
@@ -275,13 +272,9 @@ def drawn_score(
         keys = list(zip(of.study, of.topic))
         if len(set(keys)) < len(keys) or keys != (first := first or keys):
             raise ValueError("the rows are of more than one system, or seeds were scored on different studies")
-        parts = {(part.metric, part.convention): part for part in reversed(parts_of(of))}
-        found = [part for (name, by), part in parts.items() if name == metric and convention in ("", by)]
-        if not found:
-            names = sorted({name for name, _ in parts})
-            raise AbsentError(f"no score '{metric}' {convention}; there are {', '.join(names)}")
-        values.append(found[-1].value())
-        draws.append(found[-1].statistic(bootstrap_sums(found[-1].counts, of.patient.tolist(), resamples)))
+        part = named_part(of, metric, convention)
+        values.append(part.value())
+        draws.append(part.statistic(bootstrap_sums(part.counts, of.patient.tolist(), resamples)))
     return Drawn(tuple(values), np.mean(draws, axis=0))
 
 # %% ../nbs/11b_study.ipynb #541d35e1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RARE', 'draw_samples', 'Studies', 'study_lessons', 'standardise_projector', 'ready_to_learn', 'starting_model',
-           'spread_losses', 'held_out_losses', 'import_published', 'make_train', 'trainings', 'main']
+           'spread_losses', 'held_out_losses', 'import_published', 'make_train', 'trainings', 'chains_of', 'main']
 
 # %% ../nbs/06_train.ipynb #16db763f
 import argparse
@@ -19,11 +19,13 @@ import torch
 from accelerate.utils import reduce
 from torch import nn
 
-from .core import RESUME, Run, StageSettings, TrainSettings, best_device, check_params, launched, write_table
+from .core import RESUME, Ref, Run, StageSettings, TrainSettings
+from .core import best_device, check_params, launched, ref, write_table
 from .features import open_features, tower_weights
 from .llava_rad import import_llava_rad
 from .model import LlavaConfig, LlavaTA, add_lora, from_profile, set_trainable
 from .packing import Batch, Fetch, Pruner, Sample, build_tree, make_sample, pack_within, row_parts, write_row
+from .pipeline import make_beside
 from .pretrain import language_model_folder
 from .segment import MaskStore
 from .trainer import Epochs, Part, Validate, count_steps, epoch_steps, train
@@ -268,6 +270,16 @@ def trainings(
     stages = range(1, stage + 1)
     return [dict(mode=each, stage=last, seed=number) for number in seeds for each in modes for last in stages]
 
+# %% ../nbs/06_train.ipynb #bb3a6ded
+def chains_of(
+    wanted: Sequence[dict],  # from `trainings`
+) -> list[list[Ref]]:  # stages of one system with one seed, in the order of `wanted`
+    "Which trainings follow from one another."
+    chains: dict[tuple, list[Ref]] = {}
+    for variant in wanted:
+        chains.setdefault((variant["mode"], variant["seed"]), []).append(ref("train", **variant))
+    return list(chains.values())
+
 # %% ../nbs/06_train.ipynb #d09b0988
 def main(
     arguments: Sequence[str] | None = None,  # of the command line; None: those of this process
@@ -287,7 +299,7 @@ def main(
     )
     run = Run(settings)
     wanted = trainings(settings.profile.train, given.mode, given.stage, given.seed)
-    return [run.make("train", **variant) for variant in wanted]
+    return make_beside(run, chains_of(wanted))
 
 # %% ../nbs/06_train.ipynb #72585ef2
 if __name__ == "__main__" and __spec__:  # python -m, not a notebook

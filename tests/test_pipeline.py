@@ -2,11 +2,13 @@
 
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -18,7 +20,7 @@ from llava_ta.masks import MaskStore
 from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
 from llava_ta.packing import Pruner
-from llava_ta.pipeline import without_examples
+from llava_ta.pipeline import make_beside, without_examples
 from pipeline import Ran, command, kill_tree, papermill, surroundings
 from repository import ROOT, run_python
 
@@ -102,6 +104,21 @@ def test_nothing_is_made_twice(finished: Ran, runs: Path):
     assert again.status == 0, again.said
     assert 5 < again.worked < 30, f"{again.worked:.0f} s of processor time, {again.seconds:.0f} s by the clock"
     assert stamps(runs) == before
+
+
+def test_trainings_beside_each_other(finished: Ran, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    run = Run(check_params("tiny", overrides="beside=2, train.seeds=[1]"))
+    chains = [[ref("train", mode=mode, stage=stage, seed=1) for stage in (1, 2)] for mode in ("narrative", "topic")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "make", lambda *step, **variant: pytest.fail(f"{step} is made in this process"))
+        folders = make_beside(run, chains)
+    beside = [pd.read_parquet(folder / "curve.parquet").loss for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    alone = [pd.read_parquet(run.make(one.step, **dict(one.variant)) / "curve.parquet").loss for one in sum(chains, [])]
+    assert [len(curve) for curve in alone] == [len(curve) for curve in beside]
+    assert all(np.allclose(*pair, rtol=1e-3) for pair in zip(alone, beside))
 
 
 def test_a_change_remakes_only_what_depends_on_it(finished: Ran, runs: Path):
