@@ -705,7 +705,7 @@ STEPS: dict[str, Step] = {
         "generate.make_generate",
         _generate_needs,
         ("generate",),
-        ("model", "packing", "tree_attention", "decoding"),
+        ("model", "packing", "tree_attention", "decoding", "rouge"),
         keys=("mode", "stage", "seed", "film"),
         together=True,
         parameters={"mode": "all"},
@@ -722,7 +722,7 @@ STEPS: dict[str, Step] = {
         "evaluate.make_evaluate",
         _evaluate_needs,
         ("evaluate", "train", "generate"),
-        ("metrics", "finding_graph", "assemble", "rules"),
+        ("metrics", "rouge", "finding_graph", "assemble", "rules"),
     ),
     "attention": Step(
         "08_attention", "attention.make_attention", _final(FIGURE_MODES["attention"]), ("evaluate", "generate"),
@@ -730,8 +730,8 @@ STEPS: dict[str, Step] = {
     ),
     "bias": Step(
         "09_narrative_bias", "narrative_bias.make_bias", _final(FIGURE_MODES["bias"]), ("bias", "generate"),
-        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "counterfactuals", "attention",
-         "grammar", "phantom"),
+        ("model", "packing", "tree_attention", "decoding", "generate", "metrics", "rouge", "counterfactuals",
+         "attention", "grammar", "phantom"),
     ),
     "report": Step("11_reproduce", "reproduce.make_report", _report_needs, ("evaluate",), ()),
 }

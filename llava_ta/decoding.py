@@ -172,7 +172,8 @@ def draw_words(
         below = shares.cumsum(-1) - shares  # of the likelier words
         shares = shares * (below < choice.top_p)
     sums = shares.cumsum(-1)
-    landed = torch.searchsorted(sums, draws[:, None].to(shares) * sums[:, -1:], right=True).clamp(max=logits.shape[1] - 1)
+    landed = torch.searchsorted(sums, draws[:, None].to(shares) * sums[:, -1:], right=True)
+    landed = landed.clamp(max=logits.shape[1] - 1)
     return (landed if words is None else words.gather(1, landed))[:, 0]
 
 # %% ../nbs/05g_decoding.ipynb #7b0db123

@@ -25,10 +25,10 @@ from .features import Features, HeldFeatures, black_film, film_features, image_n
 from .films import fit_film, read_film
 from .mapping import union_mask
 from .masks import MaskStore, check_films
-from .metrics import rouge_l_all
 from .model import LlavaTA
 from .ontology import ASKED, region_set
 from .packing import BUDGET, Pruner, Sample, make_sample, pack_within
+from .rouge import rouge_l_all
 from .segment import get_segmenter
 
 # %% ../nbs/06a_generate.ipynb #b7e034d8

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONVENTIONS', 'Texts', 'CHEXPERT_5', 'STATUSES', 'F1_NAMES', 'GRAPH_NAME', 'READINGS', 'joined', 'r2gen_text',
-           'R2GenReferences', 'r2gen_references', 'bleu_counts', 'bleu_from_counts', 'bleu', 'rouge_l_f',
-           'rouge_l_each', 'rouge_l', 'rouge_l_all', 'Labeler', 'labeler_name', 'rule_labeler', 'label_matrix', 'f1_of',
-           'f1_scores', 'label_counts', 'label_scores', 'chexpert_f1', 'Part', 'text_parts', 'label_parts',
-           'score_parts', 'score', 'patient_sums', 'bootstrap_sums', 'bootstrap_interval', 'bootstrap_difference',
-           'parts_table', 'score_table', 'not_computed']
+           'R2GenReferences', 'r2gen_references', 'bleu_counts', 'bleu_from_counts', 'bleu', 'rouge_l_each', 'rouge_l',
+           'Labeler', 'labeler_name', 'rule_labeler', 'label_matrix', 'f1_of', 'f1_scores', 'label_counts',
+           'label_scores', 'chexpert_f1', 'Part', 'text_parts', 'label_parts', 'score_parts', 'score', 'patient_sums',
+           'bootstrap_sums', 'bootstrap_interval', 'bootstrap_difference', 'parts_table', 'score_table', 'not_computed']
 
 # %% ../nbs/06b_metrics.ipynb #cd211390
 import re
@@ -22,13 +21,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pandas as pd
 from rapidfuzz.distance import LCSseq
-from rapidfuzz.process import cdist
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU
 
 from .core import Convention
 from .finding_graph import graph_counts, graph_f1_from_counts
 from .ontology import CHEXPERT_14
+from .rouge import rouge_l_f
 from .rules import RuleLabeler
 
 # %% ../nbs/06b_metrics.ipynb #e36a7826
@@ -226,16 +225,6 @@ _ROUGE = {  # tokeniser, beta
     "r2gen-exact": (_Spaces(), 1.2),
 }
 
-# %% ../nbs/06b_metrics.ipynb #5af928b9
-def rouge_l_f(
-    shared: np.ndarray,  # words of the longest common subsequence
-    said: np.ndarray,  # words of the text
-    true: np.ndarray,  # words of the reference
-    beta: float = 1.0,  # what recall weighs against precision
-) -> np.ndarray:  # float in [0, 1]
-    "The F of precision shared / said and recall shared / true; 0 where both texts are empty."
-    return (1 + beta**2) * shared / np.maximum(said + beta**2 * true, 1)
-
 # %% ../nbs/06b_metrics.ipynb #cb0d0e14
 def rouge_l_each(
     predictions: Sequence[str],  # generated texts
@@ -258,21 +247,6 @@ def rouge_l(
 ) -> float:  # 0 to 1
     "Mean ROUGE-L over all rows."
     return float(rouge_l_each(predictions, references, convention, training).mean())
-
-# %% ../nbs/06b_metrics.ipynb #2ded3a9a
-def rouge_l_all(
-    texts: Sequence[str],  # N
-    references: Sequence[str],  # M
-    beta: float = 1.0,  # what recall weighs against precision
-) -> np.ndarray:  # float [N, M] in [0, 1]
-    "ROUGE-L of all texts against all references, with the words of `llava-rad`."
-    letters: dict[str, str] = {}  # a character for each word
-    def coded(some: Sequence[str]) -> list[str]:
-        words = [DefaultTokenizer().tokenize(text) for text in some]
-        return ["".join(letters.setdefault(word, chr(1 + len(letters))) for word in one) for one in words]
-    said, true = coded(texts), coded(references)
-    long, wide = (np.array([len(one) for one in side]) for side in (said, true))
-    return rouge_l_f(cdist(said, true, scorer=LCSseq.similarity), long[:, None], wide, beta)
 
 # %% ../nbs/06b_metrics.ipynb #e94080c3
 class Labeler(Protocol):

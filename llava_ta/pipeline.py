@@ -89,9 +89,9 @@ def _in_order(settings: Settings, chain: Sequence[Ref]) -> list[Path]:
 
 def make_beside(
     run: Run,  # whose profile says how many, see `beside`
-    chains: Sequence[Sequence[Ref]],  # artefacts that follow from one another, the costliest chain last: it is begun first
+    chains: Sequence[Sequence[Ref]],  # each: artefacts that follow from one another; the last chain is begun first
 ) -> list[Path]:  # their folders, in the order of the chains
-    "Make chains of artefacts, several beside each other, each on its share of the cores; raises what the first one raised."
+    "Make chains of artefacts beside each other, each on its share of the cores; raises what the first one raised."
     workers, stale = min(run.profile.beside, len(chains)), [one for chain in chains for one in run.stale(chain[-1])]
     if workers < 2 or not stale or best_device() != "cpu" or launched().ranks > 1:
         return [folder for chain in chains for folder in _in_order(run.settings, chain)]
