@@ -14,6 +14,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 # papermill hands the kernel's output on, so that progress bars show. `cat` makes it a pipe: a file would be truncated.
 # Every kernel warns that it listens on a local socket; that is left out of stderr.
 PAPERMILL := papermill --no-progress-bar --log-level WARNING --stdout-file /dev/stdout --stderr-file /dev/stdout
+PIPELINE := python -u -m llava_ta.pipeline
 SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -44,9 +45,7 @@ endif
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
-	@mkdir -p runs/demo/notebooks
-	@set -o pipefail; \
-	$(PAPERMILL) nbs/11_reproduce.ipynb runs/demo/notebooks/11_reproduce.ipynb -p profile demo $(SHOWN)
+	@set -o pipefail; $(PIPELINE) --profile demo $(SHOWN)
 
 .PHONY: openi-dir
 openi-dir:
@@ -57,9 +56,7 @@ openi-dir:
 	       "OPENI_DIR is '$(OPENI_DIR)'." >&2; exit 2; fi
 
 openi: openi-dir $(STAMP)  ## the same on real films: make openi OPENI_DIR=folder-of-open-i
-	@mkdir -p runs/openi/notebooks
-	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; \
-	$(PAPERMILL) nbs/11_reproduce.ipynb runs/openi/notebooks/11_reproduce.ipynb -p profile openi $(SHOWN)
+	@set -o pipefail; export LLAVA_TA_OPENI_DIR="$$(cd "$(OPENI_DIR)" && pwd)"; $(PIPELINE) --profile openi $(SHOWN)
 
 # A row whose record is there and whose inputs are unchanged is left alone; RECORDS=elsewhere makes it again.
 study: openi-dir $(STAMP)  ## rows of the study: make study OPENI_DIR=folder [ROW=anatomy-0] [RECORDS=folder] [QUICK=1]

@@ -11,6 +11,7 @@ import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from html import escape
 from typing import Any
 
@@ -82,23 +83,29 @@ def read_claims(
     source: int = 0,  # noted in each claim
 ) -> list[Claim]:  # in order; one without a topic if nothing is stated
     "Read what a sentence states, by the rules and not by the topic that was asked."
+    return [replace(claim, source=source) for claim in _claims(sentence)]
+
+
+@lru_cache(maxsize=4096)  # models repeat themselves
+def _claims(sentence: str) -> tuple[Claim, ...]:
+    "What a sentence states, source 0."
     standard = _STANDARD.fullmatch(sentence.strip())
     if standard and (topic := _NAMES.get(standard[1].lower())):
         words = sentence_case(sentence.strip().rstrip("."))
         clause = next((clause for clause in read_report(sentence) if clause.topic == topic), None)
-        return [Claim(source, topic, standard[2].lower(), words, clause.rules if clause else (topic,))]
+        return (Claim(0, topic, standard[2].lower(), words, clause.rules if clause else (topic,)),)
     clauses = read_report(sentence)
     told = [clause for clause in clauses if clause.sentence or clause.status == "uncertain"]
     if not told:
         why = clauses[0].outcome.removeprefix("dropped: ") if clauses else "no words"
-        return [Claim(source, "", "", sentence.strip(), (), why)]
+        return (Claim(0, "", "", sentence.strip(), (), why),)
     joined = ";" in sentence and not _TRAILING.search(sentence)
     alone = len(told) == len(clauses) == 1 or not joined and {
         (clause.topic, clause.status) for clause in clauses} == {(told[0].topic, "present")}
     every = tuple(dict.fromkeys(rule for clause in told for rule in clause.rules))
-    claims = [Claim(source, clause.topic, clause.status, _words(sentence, clause, alone),
+    claims = [Claim(0, clause.topic, clause.status, _words(sentence, clause, alone),
                     every if alone else clause.rules, denies=clause.denies) for clause in told]
-    return [each for claim in (claims[:1] if alone else dict.fromkeys(claims)) for each in _apart(claim)]
+    return tuple(each for claim in (claims[:1] if alone else dict.fromkeys(claims)) for each in _apart(claim))
 
 # %% ../nbs/06d_assemble.ipynb #44a23df9
 LUNG_DISEASES = tuple(f"disease-{name}" for name in

@@ -11,13 +11,14 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
            'SelectSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
            'module_digest', 'path_digest', 'data_dir', 'source_tables', 'weights_path', 'outside_inputs', 'progress',
-           'seed_everything', 'keep_freed_memory', 'best_device', 'Launch', 'launched', 'segmenter_weights',
-           'Preflight', 'absent_data', 'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
+           'seed_everything', 'keep_freed_memory', 'give_back_freed_memory', 'best_device', 'Launch', 'launched',
+           'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
 import atexit
 import ctypes
+import gc
 import hashlib
 import importlib
 import importlib.resources
@@ -286,6 +287,7 @@ class GenerateSettings(Section):
     seed: int = Field(0, ge=0)  # of the draws
     report_draws: int = Field(1, ge=1)  # above 1: so many reports are drawn, one is kept (`most_agreed`)
     report_temperature: float = Field(0.7, gt=0)  # at which they are drawn; those that judge them at 1
+    report_beta: float = Field(1.5, gt=0)  # weight of recall in the ROUGE-L by which they are judged: longer above 1
 
 # %% ../nbs/00_core.ipynb #5d3bb180
 class SelectSettings(Section):
@@ -897,6 +899,14 @@ def keep_freed_memory() -> bool:  # whether it could be arranged
         return bool(libc.mallopt(trim, 2**31 - 1) and libc.mallopt(mmap, 2**30))
     return False
 
+
+def give_back_freed_memory() -> bool:  # whether there was any
+    "Hand freed arrays back to the kernel, where glibc can do that: what follows runs in other processes, or needs less."
+    gc.collect()
+    with suppress(AttributeError, OSError, TypeError):
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    return False
+
 # %% ../nbs/00_core.ipynb #9b47fff0
 def best_device() -> str:  # "cuda" or "cpu"
     "Where networks run: the first GPU if there is one, else the CPU. torch is imported only here."
@@ -1230,7 +1240,9 @@ def _do(self: Run, artefact: Ref) -> dict[str, Any]:
     seed_everything(dict(artefact.variant).get("seed", 0))
     keep_freed_memory()
     _private(self, artefact).mkdir(parents=True, exist_ok=True)
-    return make(self, _private(self, artefact), **dict(artefact.variant)) or {}
+    found = make(self, _private(self, artefact), **dict(artefact.variant)) or {}
+    give_back_freed_memory()
+    return found
 
 
 def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def film_rows(
 def most_agreed(
     drawn: pd.DataFrame,  # study, topic, sentence, score: several rows for each question
     judges: pd.DataFrame,  # study, topic, sentence: what else the model may say to these questions
-    beta: float = 1.5,  # of ROUGE-L
+    beta: float = 1.0,  # weight of recall in ROUGE-L
 ) -> pd.DataFrame:  # one of `drawn` for each question, in the order of the first
     "Keep the text with the largest mean ROUGE-L to its judges: minimum Bayes risk under the model's own distribution."
     drawn, others = drawn.reset_index(drop=True), judges.groupby(["study", "topic"]).sentence.apply(list)
@@ -198,8 +198,9 @@ def answer_studies(
     if narrative and settings.report_draws > 1:
         several = [replace(prompt, draw=draw) for prompt in prompts for draw in range(settings.report_draws)]
         choices = (Choice(settings.report_tokens, 1, temperature) for temperature in (settings.report_temperature, 1.0))
-        return most_agreed(*(answer(model, several, features, choice, settings.budget, settings.seed, desc)
-                             for choice in choices))
+        drawn, judges = (answer(model, several, features, choice, settings.budget, settings.seed, desc)
+                         for choice in choices)
+        return most_agreed(drawn, judges, settings.report_beta)
     tokens = settings.report_tokens if narrative else settings.topic_tokens
     choice = Choice(tokens, settings.beams, settings.temperature, settings.top_p)
     return answer(model, prompts, features, choice, settings.budget, settings.seed, desc)

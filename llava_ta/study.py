@@ -48,11 +48,11 @@ def study_rows(
 # %% ../nbs/11b_study.ipynb #06504ca5
 def quick_settings(
     settings: Settings,  # of the study
-    share: float = 0.25,  # of the epochs
+    share: float = 0.25,  # of the epochs, and of the reports that are drawn
 ) -> Settings:  # of a smaller one, with a run of its own
-    "A reduced matrix: the first seed, and a part of the epochs."
-    train = settings.profile.train
-    changed = [f"train.seeds=[{train.seeds[0]}]"]
+    "A reduced matrix: the first seed, a part of the epochs, fewer reports to choose from."
+    train, draws = settings.profile.train, settings.profile.generate.report_draws
+    changed = [f"train.seeds=[{train.seeds[0]}]", f"generate.report_draws={max(1, round(share * draws))}"]
     for stage in ("stage1", "stage2"):
         epochs = getattr(train, stage)
         fewer = {mode: share * number for mode, number in epochs.epochs_of.items()}
