@@ -145,8 +145,10 @@ def main(
     settings = check_params(profile=given.profile, run=given.run, overrides=given.overrides)
     done = run_pipeline(settings, but="")
     if not done:
-        page = Run(settings).dir / "report.html"
-        print("report: unchanged", page.relative_to(root()) if page.is_relative_to(root()) else page, sep="\n")
+        run = Run(settings)
+        own, usual = run.make("report") / "report.html", run.dir / "report.html"
+        page = usual if usual.exists() else own
+        print(page.relative_to(root()) if page.is_relative_to(root()) else page)
     return done
 
 # %% ../nbs/00h_pipeline.ipynb #9d0e4a70

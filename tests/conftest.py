@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import Ran, papermill
+from pipeline import Ran, papermill, pipeline
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +22,4 @@ def trained(runs: Path) -> Ran:
 @pytest.fixture(scope="session")
 def finished(runs: Path, trained: Ran) -> Ran:
     """The whole pipeline, from where training left it."""
-    return papermill("11_reproduce", runs, profile="tiny")
+    return pipeline(runs, "tiny")

@@ -48,6 +48,21 @@ def spent() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def execute(
+    words: list[str],  # a command
+    runs: Path,  # the folder of runs
+    timeout: float,  # seconds
+) -> Ran:
+    """Run a command to its end."""
+    runs.mkdir(parents=True, exist_ok=True)
+    start, before = time.monotonic(), spent()
+    done = subprocess.run(
+        words, cwd=ROOT, env=surroundings(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=timeout,
+    )
+    return Ran(done.returncode, done.stdout, time.monotonic() - start, spent() - before)
+
+
 def papermill(
     name: str,  # a notebook, without its ending
     runs: Path,  # the folder of runs
@@ -55,13 +70,16 @@ def papermill(
     **parameters: object,  # papermill's
 ) -> Ran:
     """Run a notebook to its end."""
-    runs.mkdir(parents=True, exist_ok=True)
-    start, before = time.monotonic(), spent()
-    done = subprocess.run(
-        [*command(name, runs / f"{name}.out.ipynb", **parameters), "--stdout-file", "/dev/stdout"],
-        cwd=ROOT, env=surroundings(runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
-    )
-    return Ran(done.returncode, done.stdout, time.monotonic() - start, spent() - before)
+    words = [*command(name, runs / f"{name}.out.ipynb", **parameters), "--stdout-file", "/dev/stdout"]
+    return execute(words, runs, timeout)
+
+
+def pipeline(
+    runs: Path,  # the folder of runs
+    profile: str,  # its name
+) -> Ran:
+    """Run all notebooks that have something to do, as `make demo` does."""
+    return execute([sys.executable, "-m", "llava_ta.pipeline", "--profile", profile], runs, 600)
 
 
 def kill_tree(

@@ -21,7 +21,7 @@ from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
 from llava_ta.packing import Pruner
 from llava_ta.pipeline import make_beside, without_examples
-from pipeline import Ran, command, kill_tree, papermill, surroundings
+from pipeline import Ran, command, kill_tree, papermill, pipeline, surroundings
 from repository import ROOT, run_python
 
 TINY = load_profile("tiny")
@@ -104,6 +104,12 @@ def test_nothing_is_made_twice(finished: Ran, runs: Path):
     assert again.status == 0, again.said
     assert 5 < again.worked < 30, f"{again.worked:.0f} s of processor time, {again.seconds:.0f} s by the clock"
     assert stamps(runs) == before
+
+
+def test_nothing_is_started_where_nothing_has_changed(finished: Ran, runs: Path):
+    again = pipeline(runs, "tiny")
+    assert again.status == 0 and again.said.splitlines() == ["report: unchanged", str(runs / "tiny" / "report.html")]
+    assert again.worked < 10, f"{again.worked:.0f} s of processor time"
 
 
 def test_trainings_beside_each_other(finished: Ran, runs: Path, monkeypatch: pytest.MonkeyPatch):
