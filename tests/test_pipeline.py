@@ -102,7 +102,6 @@ def test_nothing_is_made_twice(finished: Ran, runs: Path):
     before = stamps(runs)
     again = papermill("11_reproduce", runs, profile="tiny")
     assert again.status == 0, again.said
-    assert 5 < again.worked < 30, f"{again.worked:.0f} s of processor time, {again.seconds:.0f} s by the clock"
     assert stamps(runs) == before
 
 
