@@ -11,14 +11,13 @@ __all__ = ['Mode', 'Shown', 'Evaluation', 'Convention', 'PROFILES', 'FIGURE_MODE
            'SelectSettings', 'EvaluateSettings', 'BiasSettings', 'Profile', 'impossible', 'parse_overrides',
            'load_profile', 'Settings', 'check_params', 'Ref', 'ref', 'Step', 'all_variants', 'digest', 'source_digest',
            'module_digest', 'path_digest', 'data_dir', 'source_tables', 'weights_path', 'outside_inputs', 'progress',
-           'seed_everything', 'keep_freed_memory', 'give_back_freed_memory', 'best_device', 'Launch', 'launched',
-           'segmenter_weights', 'Preflight', 'absent_data', 'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
+           'seed_everything', 'keep_freed_memory', 'best_device', 'Launch', 'launched', 'segmenter_weights',
+           'Preflight', 'absent_data', 'preflight', 'refuse_absent', 'commit', 'Run', 'flat']
 
 # %% ../nbs/00_core.ipynb #931c7d30
 import ast
 import atexit
 import ctypes
-import gc
 import hashlib
 import importlib
 import importlib.resources
@@ -895,16 +894,9 @@ def keep_freed_memory() -> bool:  # whether it could be arranged
     "Let glibc keep freed arrays for the next ones instead of handing them back to the kernel; elsewhere do nothing."
     with suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # but not what an earlier step has had
         trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of mallopt(3)
         return bool(libc.mallopt(trim, 2**31 - 1) and libc.mallopt(mmap, 2**30))
-    return False
-
-
-def give_back_freed_memory() -> bool:  # whether there was any
-    "Hand freed arrays back to the kernel, where glibc can do that: what follows runs in other processes, or needs less."
-    gc.collect()
-    with suppress(AttributeError, OSError, TypeError):
-        return bool(ctypes.CDLL(None).malloc_trim(0))
     return False
 
 # %% ../nbs/00_core.ipynb #9b47fff0
@@ -1240,9 +1232,7 @@ def _do(self: Run, artefact: Ref) -> dict[str, Any]:
     seed_everything(dict(artefact.variant).get("seed", 0))
     keep_freed_memory()
     _private(self, artefact).mkdir(parents=True, exist_ok=True)
-    found = make(self, _private(self, artefact), **dict(artefact.variant)) or {}
-    give_back_freed_memory()
-    return found
+    return make(self, _private(self, artefact), **dict(artefact.variant)) or {}
 
 
 def _attempt(self: Run, artefact: Ref) -> dict[str, Any]:
