@@ -1,8 +1,13 @@
-"""A run of the tiny profile that several files of tests look at; each worker makes its own."""
+"""A run of the tiny profile that several files of tests look at; each worker changes its own."""
 
+import json
+import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pipeline import Ran, papermill, pipeline
 
@@ -14,9 +19,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(runs: Path) -> Ran:
-    """One step in an empty folder: it makes what it lacks."""
-    return papermill("06_train", runs, stage=2)
+def trained(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """One step in an empty folder: it makes what it lacks. Workers share it; each goes on in a copy."""
+    own = tmp_path_factory.getbasetemp()
+    place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trained"
+    with FileLock(f"{place}.lock"):
+        if not (place / "ran.json").exists():
+            ran = papermill("06_train", place / "runs", stage=2)
+            (place / "ran.json").write_text(json.dumps(asdict(ran)), encoding="utf-8")
+    shutil.copytree(place / "runs", runs, dirs_exist_ok=True)
+    return Ran(**json.loads((place / "ran.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="session")

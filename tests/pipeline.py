@@ -1,4 +1,4 @@
-"""Running notebooks through papermill, and reading what they leave behind."""
+"""Running notebooks, through papermill or in this process, and reading what they leave behind."""
 
 import os
 import resource
@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import psutil
 
+from llava_ta.pipeline import without_examples
 from repository import NBS, ROOT
 
 
@@ -77,9 +79,28 @@ def papermill(
 def pipeline(
     runs: Path,  # the folder of runs
     profile: str,  # its name
+    overrides: str = "",  # changes to it
 ) -> Ran:
     """Run all notebooks that have something to do, as `make demo` does."""
-    return execute([sys.executable, "-m", "llava_ta.pipeline", "--profile", profile], runs, 600)
+    words = ["--profile", profile, "--overrides", overrides]
+    return execute([sys.executable, "-m", "llava_ta.pipeline", *words], runs, 600)
+
+
+def chapter(
+    name: str,  # a notebook, without its ending
+    **parameters: object,  # papermill's
+) -> dict[str, object]:  # its names and their values at the end
+    """Run a notebook's cells in this process, without its examples; raises what they raise.
+
+    What papermill adds, a process of its own that imports everything anew, is tested where it matters."""
+    names: dict[str, object] = {"__name__": __name__, "display": lambda *shown: None}
+    for cell in without_examples(nbformat.read(NBS / f"{name}.ipynb", as_version=4)).cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{name}.ipynb", "exec"), names)  # noqa: S102, our own cells
+        if "parameters" in cell.metadata.get("tags", []):
+            assert set(parameters) <= set(names), f"{name} lacks a parameter of {list(parameters)}"
+            names.update(parameters)
+    return names
 
 
 def kill_tree(

@@ -7,22 +7,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llava_ta.core import read_json, ref
-from pipeline import Ran, command, papermill, surroundings
-from repository import ROOT, run_python
+from llava_ta.core import load_profile, preflight, read_json, ref
+from llava_ta.reproduce import main
+from pipeline import Ran, chapter, command, papermill, surroundings
+from repository import ROOT
 
 
-@pytest.mark.parametrize(
-    ("parameters", "allowed"),
-    [
-        ({"stage": 3}, r"stage=3: allowed are 1, 2"),
-        ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, study, paper, llava-rad"),
-        ({"overrides": "train.stage2.epoch=1"}, r"train\.stage2\.epoch: unknown key"),
-        ({"overrides": "lora.rank=0"}, r"lora\.rank: .*greater than or equal to 1"),
-        ({"run": "../elsewhere"}, r"run='\.\./elsewhere'"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
+@pytest.mark.parametrize(("parameters", "allowed"), [
+    ({"stage": 3}, r"stage=3: allowed are 1, 2"),
+    ({"profile": "nonsense"}, r"profile='nonsense': allowed are tiny, demo, openi, study, paper, llava-rad"),
+], ids=["stage", "profile"])
 def test_wrong_parameters_fail_at_once(tmp_path: Path, parameters: dict, allowed: str):
     ran = papermill("06_train", tmp_path, **parameters)
     assert ran.status != 0
@@ -31,17 +25,36 @@ def test_wrong_parameters_fail_at_once(tmp_path: Path, parameters: dict, allowed
     assert [path.name for path in tmp_path.iterdir()] == ["06_train.out.ipynb"], "nothing else is written"
 
 
+@pytest.mark.parametrize(("parameters", "message"), [
+    ({"overrides": "train.stage2.epoch=1"}, r"train\.stage2\.epoch: unknown key"),
+    ({"overrides": "lora.rank=0"}, r"lora\.rank: .*greater than or equal to 1"),
+    ({"run": "../elsewhere"}, r"run='\.\./elsewhere'"),
+], ids=["key", "value", "run"])
+def test_wrong_settings_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: dict, message: str):
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        chapter("06_train", **parameters)
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+@pytest.fixture
+def without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Name no folder of films; returns the folder of runs."""
+    for name, place in {"OPENI_DIR": "", "MIMIC_DIR": "", "RUNS": str(tmp_path)}.items():
+        monkeypatch.setenv(f"LLAVA_TA_{name}", place)
+    return tmp_path
+
+
 @pytest.mark.parametrize("profile", ["paper", "llava-rad", "openi"])
-def test_what_is_absent_is_listed(profile: str):
-    code = f"from llava_ta.core import load_profile, preflight; print(preflight(load_profile({profile!r})))"
-    done = run_python("-c", code, LLAVA_TA_OPENI_DIR="", LLAVA_TA_MIMIC_DIR="")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"absent: data\.dir", done.stdout) and re.search(r"needs: .* GB of disk", done.stdout)
+def test_what_is_absent_is_listed(without_data: Path, profile: str):
+    said = str(preflight(load_profile(profile)))
+    assert re.search(r"absent: data\.dir", said) and re.search(r"needs: .* GB of disk", said)
 
 
-def test_a_run_stops_where_data_is_absent(tmp_path: Path):
-    ran = papermill("11_reproduce", tmp_path, profile="paper")
-    assert ran.status != 0 and "absent: data.dir" in ran.said, ran.said[-2000:]
+def test_a_run_stops_where_data_is_absent(without_data: Path):
+    with pytest.raises(FileNotFoundError, match=r"absent: data\.dir"):
+        chapter("11_reproduce", profile="paper")
+    assert not (without_data / "paper" / "data" / "record.json").exists()
 
 
 def test_two_processes_share_the_work(tmp_path: Path):
@@ -58,13 +71,12 @@ def test_two_processes_share_the_work(tmp_path: Path):
     assert (tmp_path / "tiny" / "decompose" / "record.json").exists()
 
 
-def test_other_wiring_runs_to_the_same_page(trained: Ran, runs: Path):
+def test_other_wiring_runs_to_the_same_page(trained: Ran, runs: Path, monkeypatch: pytest.MonkeyPatch):
     """One system instead of three, a language model from a folder, tuned whole, in half precision."""
     base = runs / "tiny" / "lm"
     wanted = f"train.modes=[topic], train.tune=full, train.dtype=bfloat16, lm.checkpoint={base}, lm.pretrain=null"
-    line = ("-m", "llava_ta.reproduce", "--profile", "tiny", "--run", "other", "--overrides", wanted)
-    done = run_python(*line, PYTHONPATH=str(ROOT), LLAVA_TA_RUNS=str(runs), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    main(["--profile", "tiny", "--run", "other", "--overrides", wanted])
     assert (runs / "other" / "report.html").read_text(encoding="utf-8").count("Not drawn") == 2
     first, second = (runs / "other" / ref("train", mode="topic", stage=stage, seed=0).folder for stage in (1, 2))
     assert read_json(first / "config.json")["lm_checkpoint"] == str(base) and not (first / "lm").exists()

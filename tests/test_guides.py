@@ -2,14 +2,17 @@
 
 import ast
 import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +27,7 @@ from papermill.inspection import inspect_notebook
 from llava_ta.core import PROFILES, STEPS, Profile, check_params, load_profile, preflight
 from llava_ta.reproduce import main
 from miniature import Film, annotation, mimic_tree, write_lists
-from repository import NBS, ROOT, Notebook, copy_tree, guides, notebooks, run_python
+from repository import NBS, ROOT, Notebook, copy_tree, guides, notebooks
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Programs that are not part of the project; what follows them is not looked at.
@@ -76,9 +79,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def options_of(module: str) -> set[str]:  # e.g. {"--profile"}
     """Ask a module for its options."""
-    done = run_python("-m", module, "--help", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, f"python -m {module} --help: {done.stderr}"
-    return set(re.findall(r"--[\w-]+", done.stdout))
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", [module, "--help"])
+        patch.delitem(sys.modules, module, raising=False)  # as in a new process
+        runpy.run_module(module, run_name="__main__")
+    assert not ended.value.code, f"python -m {module} --help"
+    return set(re.findall(r"--[\w-]+", said.getvalue()))
 
 
 def check_settings(given: dict[str, str], written: Path) -> None:

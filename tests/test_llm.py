@@ -20,7 +20,7 @@ from faults import asked, served, serving
 from llava_ta.core import read_json
 from llava_ta.llm import LLMDecomposer
 from llava_ta.rules import RuleDecomposer
-from pipeline import papermill
+from pipeline import chapter
 
 KEY, WORD = "planted-key-5271", "Zibberwood"  # must turn up nowhere but in requests
 
@@ -136,16 +136,15 @@ def test_the_server_decodes_under_a_schema(tiny: str, tmp_path: Path):
     assert decomposer.ledger.spent["requests"] == 3 and decomposer.ledger.spent["read"] > 1000
 
 
-def test_the_notebook_runs_all_three(tiny: str, tmp_path: Path):
+def test_the_notebook_runs_all_three(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """By rules, by the tiny model, and by a file that holds what the rules have made."""
-    said = papermill("02_decompose", tmp_path, run="rules", decomposer="rules")
-    assert said.status == 0, said.said[-3000:]
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(tmp_path))
+    chapter("02_decompose", run="rules", decomposer="rules")
     findings = pd.read_parquet(tmp_path / "rules" / "decompose" / "findings.parquet")
     assert set(findings["made_by"]) == {"rules"} and set(findings["prompt"]) == {""}
 
     server = f"decompose.base_url={tiny}, decompose.model=tiny, decompose.concurrency=2"
-    said = papermill("02_decompose", tmp_path, run="llm", decomposer="llm", overrides=server)
-    assert said.status == 0, said.said[-3000:]
+    chapter("02_decompose", run="llm", decomposer="llm", overrides=server)
     made = read_json(tmp_path / "llm" / "decompose" / "record.json")["metrics"]
     assert set(made["made_by"]) <= {"llm", "llm-repaired", "fallback"} and made["made_by"]["fallback"]
     assert made["spent"]["requests"] == (tmp_path / "llm" / "llm" / "answers.jsonl").read_text().count("\n")
@@ -154,9 +153,7 @@ def test_the_notebook_runs_all_three(tiny: str, tmp_path: Path):
     groups = findings.groupby("study")
     lines = [{"study": study, "findings": rows[columns].to_dict("records")} for study, rows in groups]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    file = f"decompose.file={tmp_path / 'mine.jsonl'}"
-    said = papermill("02_decompose", tmp_path, run="import", decomposer="import", overrides=file)
-    assert said.status == 0, said.said[-3000:]
+    chapter("02_decompose", run="import", decomposer="import", overrides=f"decompose.file={tmp_path / 'mine.jsonl'}")
     again = pd.read_parquet(tmp_path / "import" / "decompose" / "findings.parquet")
     order = ["study", "topic"]
     one, other = (table.sort_values(order)[["study", *columns]].reset_index(drop=True) for table in (findings, again))

@@ -20,6 +20,7 @@ from llava_ta.core import Evaluation, Shown, load_profile
 from llava_ta.generate import load
 from llava_ta.grammar import sample_study
 from llava_ta.phantom import draw
+from llava_ta.reproduce import main
 from miniature import Film, annotation, cxas_file, llama_folder, mimic_tree, tower_file, write_lists
 from repository import ROOT, launch, run_python
 
@@ -87,14 +88,16 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Miniature]:
         yield Miniature(films, places, url)
 
 
+OPTIONS = ("--profile", "paper", "--run", "r", "--step", "evaluate")
+
+
 def reproduce(
     runs: Path,  # the folder of runs
     overrides: str,  # of the profile paper
 ) -> str:  # what was said
     """Make the scores and all that they need with one command, in two processes."""
-    options = ("--profile", "paper", "--run", "r", "--step", "evaluate", "--overrides", overrides)
-    done = run_python(*launch(2), "-m", "llava_ta.reproduce", *options, timeout=3000, PYTHONPATH=str(ROOT),
-                      OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(runs))
+    done = run_python(*launch(2), "-m", "llava_ta.reproduce", *OPTIONS, "--overrides", overrides, timeout=3000,
+                      PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(runs))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -128,7 +131,9 @@ def check_fhir(run: Path, film: Path) -> None:
 
 
 @pytest.mark.parametrize("segmenter", ["offline", pytest.param("cxas", marks=pytest.mark.slow)])
-def test_from_films_to_scores(paper: Miniature, tmp_path: Path, segmenter: str):
+def test_from_films_to_scores(
+    paper: Miniature, tmp_path: Path, segmenter: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """CXAS is the profile's own; as it takes seconds a film, whatever its masks' size, others may stand in."""
     overrides = f"{SIZES}, {paper.places}, segment.name=offline, segment.weights=''"
     if segmenter == "cxas":
@@ -148,4 +153,7 @@ def test_from_films_to_scores(paper: Miniature, tmp_path: Path, segmenter: str):
     assert len(trained) == 6 and {metrics(run, f"train/{name}")["processes"] for name in trained} == {2}
     check_scores(run)
     check_fhir(run, paper.films[0])
-    assert reproduce(tmp_path, overrides) == "evaluate: unchanged\n"
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(tmp_path))
+    capsys.readouterr()
+    main([*OPTIONS, "--overrides", overrides])
+    assert capsys.readouterr().out == "evaluate: unchanged\n"

@@ -21,7 +21,7 @@ from llava_ta.model import LlavaTA
 from llava_ta.ontology import CHEXPERT_14, REGIONS, TOPICS
 from llava_ta.packing import Pruner
 from llava_ta.pipeline import make_beside, without_examples
-from pipeline import Ran, command, kill_tree, papermill, pipeline, surroundings
+from pipeline import Ran, chapter, command, kill_tree, papermill, pipeline, surroundings
 from repository import ROOT, run_python
 
 TINY = load_profile("tiny")
@@ -128,7 +128,7 @@ def test_trainings_beside_each_other(finished: Ran, runs: Path, monkeypatch: pyt
 
 def test_a_change_remakes_only_what_depends_on_it(finished: Ran, runs: Path):
     before = stamps(runs)
-    changed = papermill("11_reproduce", runs, profile="tiny", overrides="bias.sentences=2, bias.changes=4")
+    changed = pipeline(runs, "tiny", "bias.sentences=2, bias.changes=4")
     assert changed.status == 0, changed.said
     remade = {folder for folder, stamp in stamps(runs).items() if stamp != before[folder]}
     assert remade == {"bias", "report"}
@@ -230,9 +230,9 @@ def test_report_opens_without_a_network(finished: Ran, runs: Path):
     assert sum(str(study) in page for study in val) >= 1, "films of the test split are shown"
 
 
-def test_errors_of_a_run(finished: Ran, runs: Path):
-    ran = papermill("07a_errors", runs, evaluation="topic", kind="missed", show=3)
-    assert ran.status == 0, ran.said
+def test_errors_of_a_run(finished: Ran, runs: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    chapter("07a_errors", evaluation="topic", kind="missed", show=3)
     page = (runs / "tiny" / "errors.html").read_text()
     assert page.count("<article") == 3 and page.count('<span class="missed">') == 3
     assert not re.search(r"<script|https?://", page)
@@ -258,15 +258,15 @@ for finding in model.report("film.png"):
     assert all(set(re.split(r"[^a-z]+", row[1])) & {*REGIONS, "all"} for row in rows)
 
 
-def test_published_narrative_is_imported(finished: Ran, runs: Path, tmp_path: Path):
+def test_published_narrative_is_imported(finished: Ran, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A checkpoint in LLaVA-Rad's layout takes the place of training, and writes what the model behind it writes."""
     made = runs / "tiny" / ref("train", mode="narrative", stage=2, seed=0).folder
     export_llava_rad(LlavaTA.from_pretrained(made), tmp_path / "rad")
     wanted = ", ".join([
         "train.modes=[narrative]", f"train.published={tmp_path / 'rad'}", "tower.pretrain=null", "lm.pretrain=null",
         f"tower.checkpoint={runs / 'tiny' / 'tower' / 'tower.safetensors'}", f"lm.checkpoint={runs / 'tiny' / 'lm'}"])
-    ran = papermill("06a_generate", runs, profile="tiny", run="published", overrides=wanted, mode="narrative")
-    assert ran.status == 0, ran.said
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(runs))
+    chapter("06a_generate", profile="tiny", run="published", overrides=wanted, mode="narrative")
     assert not (runs / "published" / "train" / "narrative-stage1-seed0").exists()
     film = ref("generate", mode="narrative", stage=2, seed=0, film="real").folder
     here, there = (pd.read_parquet(runs / run / film / "predictions.parquet") for run in ("tiny", "published"))

@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import ndimage
 from torchxrayvision.baseline_models import chestx_anatomy, chestx_det
 
+import slow_segmenter
 from llava_ta.films import Fit, read_film
 from llava_ta.masks import MaskStore, MaskWriter, RegionMasks, encode_masks, merge_masks
 from llava_ta.ontology import REGIONS
@@ -218,44 +219,15 @@ def test_size_of_a_film():
     assert np.median(sizes) <= 8192, sizes
 
 
-class Slow:
-    """A segmenter that takes its time and notes what it was asked."""
-
-    convention = "phantom"
-
-    def __init__(self, log: Path, masks: np.ndarray, seconds: float):
-        self.log, self.masks, self.seconds = log, masks, seconds
-
-    def segment(self, films: Sequence[np.ndarray], rows: Sequence[int] | None = None) -> list[RegionMasks]:
-        time.sleep(self.seconds)
-        with open(self.log, "a") as log:
-            log.write("".join(f"{row}\n" for row in rows))
-        return [RegionMasks(np.roll(self.masks, row, axis=2), ("ok",) * 7, "phantom", "ok", float(row)) for row in rows]
-
-
-WORK = """
-import sys
-from pathlib import Path
-import numpy as np
-from test_segment import Slow
-from llava_ta.phantom import draw
-from llava_ta.segment import write_shard
-folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-masks = draw([], 3, size=96).regions
-films, segmenter = [np.zeros((96, 96), np.float32)] * 120, Slow(folder / f"log{rank}", masks, 0.02)
-write_shard(folder, films, segmenter, 96, rank, ranks, batch=4)
-"""
-
-
 @pytest.mark.parametrize(("ranks", "often"), [(1, 2), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_killed_while_writing(tmp_path: Path, ranks: int, often: int):
     """SIGKILL at random moments: nothing is lost, nothing is done twice but the batch at hand."""
     chance, kills = random.Random(ranks), 0
-    around = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    around = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for rank in range(ranks):
         for attempt in range(often + 1):
-            process = subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path), str(rank), str(ranks)], env=around,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            command = [sys.executable, slow_segmenter.__file__, str(tmp_path), str(rank), str(ranks)]
+            process = subprocess.Popen(command, env=around, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             log, before = tmp_path / f"log{rank}", time.monotonic()
             seen = len(log.read_text().split()) if log.exists() else 0
             while attempt < often and process.poll() is None and time.monotonic() - before < 60:
@@ -271,14 +243,14 @@ def test_killed_while_writing(tmp_path: Path, ranks: int, often: int):
             assert process.returncode == -signal.SIGKILL, said.decode()
     assert kills >= ranks * often - 1
     asked = [int(row) for rank in range(ranks) for row in (tmp_path / f"log{rank}").read_text().split()]
-    assert set(asked) == set(range(120)) and len(asked) <= 120 + 4 * kills
-    merge_masks(tmp_path, [f"s{row}" for row in range(120)])
-    masks = draw([], 3, size=96).regions
+    assert set(asked) == set(range(slow_segmenter.FILMS)) and len(asked) <= slow_segmenter.FILMS + 4 * kills
+    merge_masks(tmp_path, [f"s{row}" for row in range(slow_segmenter.FILMS)])
     undisturbed = tmp_path / "undisturbed"
-    write_shard(undisturbed, [np.zeros((96, 96), np.float32)] * 120, Slow(tmp_path / "log", masks, 0), 96)
-    merge_masks(undisturbed, [f"s{row}" for row in range(120)])
+    undisturbed.mkdir()
+    slow_segmenter.write(undisturbed, 0, 1, 0)
+    merge_masks(undisturbed, [f"s{row}" for row in range(slow_segmenter.FILMS)])
     assert not same_store(tmp_path, undisturbed)
-    assert np.array_equal(MaskStore(tmp_path)[77], np.roll(masks, 77, axis=2))
+    assert np.array_equal(MaskStore(tmp_path)[77], np.roll(draw([], 3, size=96).regions, 77, axis=2))
 
 
 @pytest.mark.parametrize("cut", [1, 9, 40, 500])

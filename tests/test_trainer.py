@@ -20,8 +20,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch import nn
 
-from llava_ta import trainer
+from llava_ta import generate, trainer
 from llava_ta.core import ScheduleSettings
+from llava_ta.train import main
 from llava_ta.trainer import Part, train
 from repository import ROOT, launch, run_python
 
@@ -29,11 +30,16 @@ TWENTY = "lm.pretrain.epochs=2, train.stage1.epochs=1, train.stage2.epochs=4, tr
 
 
 def trained(runs: Path, *command: str, overrides: str = TWENTY) -> Path:
-    """Train the anatomy mode of the tiny profile from the command line; returns the folder of the run."""
+    """Train the anatomy mode of the tiny profile, in this process or from a command line; returns the run's folder."""
     options = ("--run", "r", "--overrides", overrides)
-    done = run_python(*command, "-m", "llava_ta.train", *options, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
-                      LLAVA_TA_RUNS=str(runs))
-    assert done.returncode == 0, done.stderr[-3000:]
+    if command:
+        done = run_python(*command, "-m", "llava_ta.train", *options, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+                          LLAVA_TA_RUNS=str(runs))
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LLAVA_TA_RUNS", str(runs))
+            main(options)
     return runs / "r"
 
 
@@ -75,24 +81,25 @@ def test_the_tower_may_run_inside_the_step(one: Path, tmp_path: Path):
     assert len(here) == len(there) and np.allclose(here, there, atol=1e-3)
 
 
-GENERATE = """
-import sys
+GENERATE = f"""
 from llava_ta import generate
 from llava_ta.core import Run, check_params
 generate.PART = 3
-run = Run(check_params(profile="tiny", run="r", overrides=sys.argv[1]))
-run.make("generate", mode="anatomy", stage=2, seed=0, film=sys.argv[2])
+run = Run(check_params(profile="tiny", run="r", overrides={TWENTY!r}))
+run.make("generate", mode="anatomy", stage=2, seed=0, film="real")
 """
 
 
-def test_two_processes_generate_as_one(one: Path, tmp_path: Path):
+def test_two_processes_generate_as_one(one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Under `accelerate launch` the studies are shared, and nobody's sentence is lost or changed."""
     (tmp_path / "work.py").write_text(GENERATE)
     shutil.copytree(one, tmp_path / "two" / "r")
-    for runs, command in ((one.parent, ()), (tmp_path / "two", launch(2))):
-        done = run_python(*command, str(tmp_path / "work.py"), TWENTY, "real", PYTHONPATH=str(ROOT),
-                          OMP_NUM_THREADS="1", LLAVA_TA_RUNS=str(runs))
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = run_python(*launch(2), str(tmp_path / "work.py"), PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1",
+                      LLAVA_TA_RUNS=str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(generate, "PART", generate.PART)  # put back at the end
+    monkeypatch.setenv("LLAVA_TA_RUNS", str(one.parent))
+    exec(GENERATE, {})  # noqa: S102, our own text
     here, there = (pd.read_parquet(run / "generate/anatomy-stage2-seed0-real/predictions.parquet")
                    for run in (one, tmp_path / "two" / "r"))
     assert len(here) > 20 and here.drop(columns="score").equals(there.drop(columns="score"))
