@@ -41,7 +41,8 @@ $(STAMP): $(LOCK) pyproject.toml
 ifneq ($(TORCH_INDEX),)
 	$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
 endif
-	$(PIP) install --constraint $(LOCK) --editable '.[dev,lab,study]'
+	$(PIP) install --no-compile --constraint $(LOCK) --editable '.[dev,lab,study]'
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would compile on one core
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
@@ -73,7 +74,7 @@ test test-slow test-gpu: export TOKENIZERS_PARALLELISM := false
 test: $(STAMP)  ## the notebooks' own tests, and the pipeline at its smallest
 	@status=0; \
 	nbdev_test --n_workers 2 || status=1; \
-	python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile || status=1; \
+	python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	exit $$status
 
 test-slow: $(STAMP)  ## a wheel in a clean environment, killing and resuming: up to an hour

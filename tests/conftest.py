@@ -11,6 +11,16 @@ from filelock import FileLock
 
 from pipeline import Ran, papermill, pipeline
 
+# Files that take a minute or more, the longest first: begun last, one would leave all workers but one without work.
+LONG = ("pipeline", "docs", "paper", "trainer", "another_run", "study", "segment", "llm", "guides")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first. xdist would begin with those that hold the most tests: --no-loadscope-reorder."""
+    names = [item.path.stem.removeprefix("test_") for item in items]
+    first = {name: place for place, name in enumerate(LONG)}
+    items[:] = [items[k] for k in sorted(range(len(items)), key=lambda k: first.get(names[k], len(LONG)))]
+
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
