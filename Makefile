@@ -31,6 +31,7 @@ help:  ## list the targets
 install: $(STAMP)  ## make .venv with the tested versions
 
 # The stamp is written last. An install that was cut short leaves .installing behind, and is started afresh.
+# --no-compile: Python compiles a module when it is first imported, and most of the packages' 23,000 never are.
 $(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is `$(PYTHON) --version 2>&1`." \
@@ -42,7 +43,6 @@ ifneq ($(TORCH_INDEX),)
 	$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
 endif
 	$(PIP) install --no-compile --constraint $(LOCK) --editable '.[dev,lab,study]'
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # pip would compile on one core
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
