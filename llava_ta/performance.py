@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['GEOMETRIES', 'SCALES', 'FILMS', 'MIDDLE', 'WAYS', 'KINDS', 'PARTS', 'Figure', 'threads', 'rate', 'drawing', 'reading',
-           'JpegFilms', 'mask_films', 'mask_together', 'masking', 'bench_settings', 'packing', 'whole', 'decoding',
-           'scaling', 'film_scaling', 'scaling_figure', 'time_shares', 'chosen_parts', 'figure_table', 'machine']
+           'JpegFilms', 'peak_memory', 'mask_films', 'mask_together', 'masking', 'bench_settings', 'packing', 'whole',
+           'decoding', 'scaling', 'film_scaling', 'scaling_figure', 'time_shares', 'chosen_parts', 'figure_table',
+           'machine']
 
 # %% ../nbs/12_performance.ipynb #d5fc7003
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -131,6 +133,14 @@ class JpegFilms(Sequence):
     def __getitem__(self, row: int) -> np.ndarray:
         return read_film(self.paths[row % len(self.paths)])
 
+# %% ../nbs/12_performance.ipynb #c34c04c9
+def peak_memory() -> float:  # megabytes
+    "What this process has held at most since its program began."
+    status = Path("/proc/self/status")
+    if not status.exists():  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2**10
+
 # %% ../nbs/12_performance.ipynb #a5ed6df2
 def mask_films(
     number: int,  # of films
@@ -144,7 +154,7 @@ def mask_films(
         started = time.perf_counter()
         store_masks(Path(folder) / "store", studies, films, segmenter, 256)
         spent = time.perf_counter() - started
-    return spent, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return spent, peak_memory()
 
 # %% ../nbs/12_performance.ipynb #56ccba9c
 def mask_together(
