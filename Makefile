@@ -10,7 +10,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 LOCK  := requirements/lock.txt
 STAMP := $(VENV)/.installed
-PIP   := $(BIN)/python -m pip --disable-pip-version-check
+# --no-compile: Python compiles a module when it is first imported, and most of the packages' 23,000 never are.
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # papermill hands the kernel's output on, so that progress bars show. `cat` makes it a pipe: a file would be truncated.
 # Every kernel warns that it listens on a local socket; that is left out of stderr.
 PAPERMILL := papermill --no-progress-bar --log-level WARNING --stdout-file /dev/stdout --stderr-file /dev/stdout
@@ -31,7 +32,6 @@ help:  ## list the targets
 install: $(STAMP)  ## make .venv with the tested versions
 
 # The stamp is written last. An install that was cut short leaves .installing behind, and is started afresh.
-# --no-compile: Python compiles a module when it is first imported, and most of the packages' 23,000 never are.
 $(STAMP): $(LOCK) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, and PYTHON=$(PYTHON) is `$(PYTHON) --version 2>&1`." \
@@ -40,9 +40,9 @@ $(STAMP): $(LOCK) pyproject.toml
 	@mkdir -p $(VENV) && touch $(VENV)/.installing
 	$(PYTHON) -m venv $(VENV)
 ifneq ($(TORCH_INDEX),)
-	$(PIP) install --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
+	$(PIP) --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
 endif
-	$(PIP) install --no-compile --constraint $(LOCK) --editable '.[dev,lab,study]'
+	$(PIP) --constraint $(LOCK) --editable '.[dev,lab,study]'
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html
