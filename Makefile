@@ -10,7 +10,8 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 LOCK  := requirements/lock.txt
 STAMP := $(VENV)/.installed
-# --no-compile: Python compiles a module when it is first imported, and most of the packages' 23,000 never are.
+# --no-compile: most of the packages' 23,000 modules are never imported. Those that are get compiled at the end of the
+# install. Python must be let keep them: compiling anew costs each process 8 s, and a notebook is a process.
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 # papermill hands the kernel's output on, so that progress bars show. `cat` makes it a pipe: a file would be truncated.
 # Every kernel warns that it listens on a local socket; that is left out of stderr.
@@ -19,6 +20,7 @@ PIPELINE := python -u -m llava_ta.pipeline
 SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo openi study test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
 
@@ -43,6 +45,7 @@ ifneq ($(TORCH_INDEX),)
 	$(PIP) --no-deps --index-url $(TORCH_INDEX) $$(sed -n 's/^\(torch\(vision\)\{0,1\}==[^ ;]*\).*/\1/p' $(LOCK))
 endif
 	$(PIP) --constraint $(LOCK) --editable '.[dev,lab,study]'
+	$(BIN)/python tools/import_all.py
 	@touch $@ && rm $(VENV)/.installing
 
 demo: $(STAMP)  ## the whole pipeline on embedded data, ending in runs/demo/report.html

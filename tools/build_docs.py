@@ -7,6 +7,7 @@ The notebooks' stored outputs are shown as they are; nothing is run but imports 
 tables need. The staged tree in _proc/ stays a normal Quarto project: `quarto render _proc` would read it as well.
 """
 
+import gc
 import html
 import json
 import os
@@ -198,5 +199,6 @@ if __name__ == "__main__":
     for line in found:
         print(f"warning: {line}", file=sys.stderr)
     pages = len(list((ROOT / "_docs").rglob("*.html")))
+    gc.freeze()  # at the end, each notebook's shell looks for garbage among all objects, half a second a notebook
     print(f"_docs: {pages} pages, {len(found)} warnings; README.md written")
     sys.exit(1 if found else 0)
