@@ -21,6 +21,8 @@ SHOWN := 2> >(grep --line-buffered -v 'Kernel is running over TCP' >&2) | cat
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 unexport PYTHONDONTWRITEBYTECODE
+# peft asks transformers by a name that is to go: dozens of warnings in a run, of nothing that a user could change.
+export PYTHONWARNINGS := ignore::FutureWarning:transformers.modeling_utils
 
 .PHONY: help install demo openi study test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
 
@@ -74,9 +76,10 @@ test test-slow: export OMP_NUM_THREADS := 1
 test test-slow: export MKL_NUM_THREADS := 1
 test test-slow test-gpu: export TOKENIZERS_PARALLELISM := false
 
+# What examples leave behind has a folder of its own, which goes with the end of the test.
 test: $(STAMP)  ## the notebooks' own tests, and the pipeline at its smallest
-	@status=0; \
-	nbdev_test --n_workers 2 || status=1; \
+	@status=0; examples=$$(mktemp -d); trap 'rm -rf "$$examples"' EXIT; \
+	TMPDIR="$$examples" nbdev_test --n_workers 2 || status=1; \
 	python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder || status=1; \
 	exit $$status
 

@@ -218,7 +218,8 @@ def scaling_figure(
 # %% ../nbs/12_performance.ipynb #d8186ad0
 KINDS: dict[str, tuple[str, ...]] = {  # kind -> how names of operations begin or end
     "products of matrices": ("mm", "addmm", "bmm", "matmul", "linear"),
-    "attention's softmax": ("_softmax", "_softmax_backward_data", "masked_fill_", "masked_fill"),
+    "attention": ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+                  "_softmax", "_softmax_backward_data", "masked_fill_", "masked_fill"),
     "gathering and copying": ("copy_", "index", "index_select", "cat", "gather", "index_put_", "clone", "add_", "fill_",
                               "index_add_", "_index_put_impl_", "embedding_dense_backward", "zero_"),
     "norms and activations": ("silu", "silu_backward", "mul", "add", "pow", "rsqrt", "mean", "sum", "neg", "div"),
@@ -276,5 +277,6 @@ def figure_table(
 
 # %% ../nbs/12_performance.ipynb #e2d685ce
 def machine() -> str:  # one line
-    "What it was measured on."
-    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}"
+    "What it was measured on, with the widest vectors that torch finds."
+    return (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, "
+            f"{torch.backends.cpu.get_cpu_capability()}")
