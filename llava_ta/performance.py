@@ -191,12 +191,13 @@ def scaling(
 def film_scaling(
     full: bool,  # whether the promised sizes are measured
 ) -> pd.DataFrame:  # over, size, way, seconds of all films, megabytes of a process
-    "Mask more and more films in one process, and as many in more processes."
+    "Mask more and more films in one process, and as many in more processes; the median of three where sizes are full."
     rows, films = [], 120 if full else 4
     for over, values in FILMS.items():
         for value in values if full else values[:2]:
             processes, number = (value, films // value) if over == "processes" else (1, value if full else value // 25)
-            seconds, megabytes = mask_together(processes, number)
+            runs = [mask_together(processes, number) for _ in range(3 if full else 1)]
+            seconds, megabytes = np.median(runs, axis=0)
             rows.append({"over": over, "size": value, "way": "masks", "seconds": seconds, "megabytes": megabytes})
     return pd.DataFrame(rows)
 
@@ -278,5 +279,5 @@ def figure_table(
 # %% ../nbs/12_performance.ipynb #e2d685ce
 def machine() -> str:  # one line
     "What it was measured on, with the widest vectors that torch finds."
-    return (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}, "
-            f"{torch.backends.cpu.get_cpu_capability()}")
+    kind = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, {kind}"
