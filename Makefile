@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 unexport PYTHONDONTWRITEBYTECODE
 # peft asks transformers by a name that is to go: dozens of warnings in a run, of nothing that a user could change.
-export PYTHONWARNINGS := ignore::FutureWarning:transformers.modeling_utils
+export PYTHONWARNINGS ?= ignore::FutureWarning:transformers.modeling_utils
 
 .PHONY: help install demo openi study test test-slow test-gpu radgraph lab room docs prepare outputs idea export check clean
 

@@ -22,14 +22,10 @@ for name in PROFILES:
     load_profile(name)
 assert not preflight(load_profile("tiny")).absent and not preflight(load_profile("demo")).absent
 from safetensors import safe_open
-inputs = outside_inputs("segment", load_profile("openi"))
-assert sorted(path.name for path in inputs) == ["offline.safetensors", "ontology.yaml"]
-for path in inputs:
-    assert path.is_file()
-    if path.suffix != ".safetensors":
-        continue
-    with safe_open(path, "pt") as weights:
-        assert len(list(weights.keys()))
+inputs = {path.name: path for path in outside_inputs("segment", load_profile("openi"))}
+assert set(inputs) == {"offline.safetensors", "ontology.yaml"} and inputs["ontology.yaml"].is_file()
+with safe_open(inputs["offline.safetensors"], "pt") as weights:
+    assert len(list(weights.keys()))
 modules = [m.name for m in pkgutil.iter_modules(llava_ta.__path__) if m.name != "_modidx"]
 for name in modules:
     importlib.import_module(f"llava_ta.{name}")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from llava_ta.core import LoraSettings, load_profile
 from llava_ta.decoding import Choice, decode_prompts
+from llava_ta.mask_speed import threads
 from llava_ta.model import (
     LlavaConfig,
     LlavaTA,
@@ -328,10 +329,8 @@ def test_a_comparison_leaves_the_model_as_it_was():
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """Compute on two cores for the time of a test."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(former)
+    with threads(2):
+        yield
 
 
 @pytest.mark.slow
@@ -344,8 +343,7 @@ def test_packing_pays(layers: int, sizes: tuple[int, int, int], two_threads: Non
     middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     print(sizes, middle, [round(run["time_ratio"], 2) for run in runs])
     assert middle["loss_diff"] < 1e-6 and middle["grad_rel"] < 1e-5
-    # Promised is the ratio of tokens itself; 12_performance says where it is met: two machines gave 95 to 107 % of it.
-    assert middle["time_ratio"] >= 0.9 * middle["token_ratio"]
+    assert middle["time_ratio"] >= middle["token_ratio"]
     assert middle["memory_ratio"] > 1 and middle["gemm_share"] >= 0.65
 
 

@@ -20,6 +20,7 @@ from torchxrayvision.baseline_models import chestx_anatomy, chestx_det
 
 import slow_segmenter
 from llava_ta.films import Fit, read_film
+from llava_ta.mask_speed import threads
 from llava_ta.masks import MaskStore, MaskWriter, RegionMasks, encode_masks, merge_masks
 from llava_ta.ontology import REGIONS
 from llava_ta.phantom import Finding, draw, sample_findings
@@ -335,13 +336,11 @@ def resident() -> float:
 def streamed(folder: Path, number: int, size: int) -> tuple[Repeated, float]:
     """Segment a film file many times, from JPEG to joined masks; seconds of processor time a film."""
     Image.fromarray(np.uint8(phantom_film(6, size=512) * 255)).save(folder / "film.jpg", quality=92)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     films, segmenter = Repeated(folder / "film.jpg", number, size), get_segmenter("offline", size=size, device="cpu")
-    started = time.process_time()
-    write_shard(folder / "store", films, segmenter, size)
-    merge_masks(folder / "store", [f"s{row}" for row in range(number)])
-    torch.set_num_threads(threads)
+    with threads(1):
+        started = time.process_time()
+        write_shard(folder / "store", films, segmenter, size)
+        merge_masks(folder / "store", [f"s{row}" for row in range(number)])
     return films, (time.process_time() - started) / number
 
 
