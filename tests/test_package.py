@@ -61,18 +61,18 @@ def test_wheel_carries_everything_and_nothing_else(wheel: Path):
 @pytest.mark.slow
 def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path):
     """Needs an index of packages, and about 7 GB of disk (`TORCH_INDEX` makes that 2, as for `make install`)."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
     python = tmp_path / "clean" / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     lock = ROOT / "requirements" / "lock.txt"
     if index := os.environ.get("TORCH_INDEX"):
         torch = re.findall(r"^(?:torch|torchvision)==[^ ;\n]+", lock.read_text(encoding="utf-8"), re.MULTILINE)
-        subprocess.run([*pip, "--no-deps", "--index-url", index, *torch], check=True)
-    done = subprocess.run([*pip, "--constraint", lock, wheel], capture_output=True, text=True)
+        subprocess.run([*pip, "--no-deps", "--index-url", index, *torch], check=True, env=environment)
+    done = subprocess.run([*pip, "--constraint", lock, wheel], capture_output=True, text=True, env=environment)
     if re.search(r"NewConnectionError|Temporary failure in name resolution", done.stderr):
         pytest.skip("no package index can be reached: the wheel has NOT been tried in a clean environment")
     assert done.returncode == 0, done.stderr
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     tried = subprocess.run([python, "-c", TRY], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert tried.returncode == 0, tried.stderr
     assert "works:" in tried.stdout and str(tmp_path) in tried.stdout
